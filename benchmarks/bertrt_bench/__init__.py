@@ -1,0 +1,1 @@
+"""Benchmarks: an engine and its rivals, in turns, on the same inputs."""

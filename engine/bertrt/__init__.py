@@ -1,0 +1,1 @@
+"""BertRT: optimised inference engines for BERT."""

@@ -1,0 +1,1 @@
+"""Backends: the things that compute. One contract (`base`), one module each."""

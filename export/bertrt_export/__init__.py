@@ -1,0 +1,1 @@
+"""The exporter: checkpoints in, engine folders out, drift measured."""
