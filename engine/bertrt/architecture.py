@@ -64,7 +64,7 @@ class BertArchitecture:
         model_type = config.get("model_type")
         if model_type != "bert":
             raise UnsupportedModelError(
-                f"config.json says model_type={model_type!r}; BertRT runs 'bert' only: choose a BERT checkpoint"
+                f"config.json says model_type={model_type!r}; BertRT runs 'bert' only: choose another"
             )
         positions = config.get("position_embedding_type", "absolute")
         if positions != "absolute":

@@ -175,7 +175,8 @@ def write_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     _check_target(out, overwrite=overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}.partial")
+        temporary.mkdir()
     except OSError as error:
         raise ExportError(
             f"cannot write beside {str(out)!r}: {error.strerror}; choose another place"
