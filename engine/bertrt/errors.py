@@ -34,7 +34,8 @@ The hierarchy (each class's docstring says when it is raised)::
     │   └── NonFiniteWeightsError
     ├── ExportError                         the engine folder could not be built or written
     ├── ReferenceUnavailableError           the PyTorch reference of a comparison cannot run
-    └── MeasurementError                    a benchmark could not be run, or its answers disagree
+    └── MeasurementError                    a benchmark could not be run
+        └── AnswersDisagreeError            its contestants do not answer the same
 
 A message names what was wrong, what was expected, and what to do.
 """
@@ -171,4 +172,8 @@ class ReferenceUnavailableError(BertRTError):
 
 
 class MeasurementError(BertRTError):
-    """A benchmark could not be run, or its contestants disagree about the answer."""
+    """A benchmark could not be run."""
+
+
+class AnswersDisagreeError(MeasurementError):
+    """The contestants of a benchmark do not give the same answer, so that their times cannot be compared."""

@@ -8,7 +8,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from bertrt.errors import InputError
+from bertrt.architecture import BertArchitecture
+from bertrt.errors import InputError, MissingHeadError, SequenceTooLongError
+from bertrt.manifest import Heads
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -144,3 +146,57 @@ class Backend(Protocol):
     def close(self) -> None:
         """Release the model; calling it again does nothing."""
         ...
+
+
+def check_request(batch: TokenBatch, wanted: Wanted, architecture: BertArchitecture, heads: Heads) -> None:
+    """Check a request against a model, so that backends need not trust their callers.
+
+    Raises:
+        SequenceTooLongError: a sequence has more tokens than the model has positions.
+        MissingHeadError: a head is wanted that the model lacks.
+        InputError: an id, a position or ``mlm_top_k`` is out of range, or an array has the wrong type.
+    """
+    longest = int(batch.lengths.max())
+    if longest > architecture.max_position_embeddings:
+        raise SequenceTooLongError(
+            f"a sequence has {longest} tokens, the model has {architecture.max_position_embeddings} positions; "
+            "cut it before it becomes a batch"
+        )
+    _check_range("input_ids", batch.input_ids, architecture.vocab_size)
+    _check_range("token_type_ids", batch.token_type_ids, architecture.type_vocab_size)
+    for head, asked, present in (
+        ("masked-LM", wanted.mlm_positions is not None, heads.mlm),
+        ("pooler", wanted.pooled, heads.pooler),
+        ("next-sentence", wanted.nsp, heads.nsp),
+    ):
+        if asked and not present:
+            raise MissingHeadError(f"this engine's checkpoint has no {head} head")
+    positions, candidates = wanted.mlm_positions, wanted.mlm_candidates
+    if positions is None:
+        if wanted.mlm_logits or wanted.mlm_top_k or candidates is not None:
+            raise InputError("[Wanted] mlm_logits, mlm_top_k and mlm_candidates need mlm_positions")
+        return
+    if positions.ndim != 1 or positions.dtype != np.int64:
+        raise InputError(
+            f"[Wanted] mlm_positions must be int64 of shape [n], got {positions.dtype} of shape {positions.shape}"
+        )
+    _check_range("mlm_positions", positions, batch.num_tokens)
+    if not 0 <= wanted.mlm_top_k <= architecture.vocab_size:
+        raise InputError(
+            f"[Wanted] mlm_top_k must be from 0 to the vocabulary's {architecture.vocab_size}, "
+            f"got {wanted.mlm_top_k}"
+        )
+    if candidates is not None:
+        if candidates.ndim != 2 or candidates.dtype != np.int64 or len(candidates) != len(positions):
+            raise InputError(
+                f"[Wanted] mlm_candidates must be int64 of shape [{len(positions)}, c], "
+                f"got {candidates.dtype} of shape {candidates.shape}"
+            )
+        _check_range("mlm_candidates", candidates, architecture.vocab_size)
+
+
+def _check_range(name: str, values: Int32 | Int64, limit: int) -> None:
+    if values.size and not (int(values.min()) >= 0 and int(values.max()) < limit):
+        raise InputError(
+            f"{name} must be from 0 to {limit - 1}, got {int(values.min())} to {int(values.max())}"
+        )

@@ -1,0 +1,164 @@
+"""Whether two contestants answer the same question the same, before either is timed.
+
+One number decides: the root-mean-square error of the engine's answer, relative to how much the reference's
+answer varies. 0 is the same answer; 1 is what an answer of zeros would get; unrelated answers are at about
+the square root of 2. This tells an answer from a wrong one, no more: how good a precision is,
+``bertrt drift`` measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from bertrt.errors import AnswersDisagreeError, MeasurementError
+from bertrt.manifest import Precision
+from bertrt_bench.cases import Case, Task
+from bertrt_bench.contestants import Answer
+
+# fp32: sums in another order differ by some 1e-6 in each layer. fp16: a rounding is 2**-11; some ten of them
+# in each of 24 layers add up to about 0.01 as random errors do. int8: a step of 1/127 of the largest
+# activation, which is ten to twenty times the usual one, is an error of a few per cent in each product, and
+# 0.1 to 0.2 at the end; an answer to another question is above 0.5.
+TOLERANCES: Final[Mapping[Precision, float]] = {"fp32": 1e-3, "fp16": 3e-2, "int8": 0.4}
+
+MEASURES: Final[Mapping[Task, str]] = {
+    "features": "error of the hidden states, relative to their deviation from the mean token",
+    "fill-mask": "error of the best tokens' log-probabilities, relative to the deviation over the vocabulary",
+    "next-sentence": "error of the logits' difference, relative to its size (at least 1)",
+    "mlm-all": "error of the centred logits, relative to their size",
+}
+
+_Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """The outcome of a check.
+
+    Attributes:
+        error: the relative root-mean-square error.
+        tolerance: the largest error that passes.
+    """
+
+    error: float
+    tolerance: float
+
+
+def answer_shapes(
+    case: Case, *, hidden_size: int, vocab_size: int, top_k: int, rows: int
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each array that an answer must hold, when at most ``rows`` rows of it are kept."""
+    tokens, batch = min(case.tokens, rows), min(case.batch, rows)
+    shapes: dict[Task, dict[str, tuple[int, ...]]] = {
+        "features": {"hidden_states": (tokens, hidden_size)},
+        "fill-mask": {"ids": (batch, top_k), "log_probs": (batch, top_k)},
+        "next-sentence": {"logits": (batch, 2)},
+        "mlm-all": {"logits": (tokens, vocab_size)},
+    }
+    return shapes[case.task]
+
+
+def check_answer(name: str, case: Case, answer: Answer, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check one answer by itself.
+
+    Raises:
+        MeasurementError: an array is missing, or of the wrong shape.
+        AnswersDisagreeError: a value is not finite.
+    """
+    for array, shape in shapes.items():
+        found = answer.get(array)
+        if found is None or found.shape != shape:
+            raise MeasurementError(
+                f"{name} answered {case} with {array!r} "
+                f"{'missing' if found is None else f'of shape {list(found.shape)}'}; expected {list(shape)}"
+            )
+        if not bool(np.all(np.isfinite(found))):
+            raise AnswersDisagreeError(
+                f"{name} answered {case} with NaN or infinite values; nothing was timed"
+            )
+
+
+def compare(case: Case, precision: Precision, ours: Answer, theirs: Answer) -> Agreement:
+    """Compare the engine's answer with a rival's, which is the reference.
+
+    Args:
+        case: what was asked.
+        precision: the coarser of the two contestants' precisions.
+        ours: the engine's answer.
+        theirs: the rival's; for ``fill-mask`` with ``all_log_probs``.
+    """
+    if case.task == "features":
+        error = _features(ours["hidden_states"], theirs["hidden_states"])
+    elif case.task == "mlm-all":
+        error = _logits(ours["logits"], theirs["logits"])
+    elif case.task == "next-sentence":
+        error = _next_sentence(ours["logits"], theirs["logits"])
+    else:
+        error = _fill_mask(ours, theirs)
+    return Agreement(error=error, tolerance=TOLERANCES[precision])
+
+
+def require(case: Case, rival: str, agreement: Agreement) -> None:
+    """Stop at a disagreement.
+
+    Raises:
+        AnswersDisagreeError: the error is above the tolerance, or not a number.
+    """
+    if not agreement.error <= agreement.tolerance:
+        raise AnswersDisagreeError(
+            f"engine and {rival} disagree on {case}: {MEASURES[case.task]}, is {agreement.error:.3g}, the "
+            f"tolerance {agreement.tolerance:g}; nothing was timed. "
+            "See where the error comes from with 'bertrt drift'"
+        )
+
+
+def coarser(first: Precision, second: Precision) -> Precision:
+    """The precision with the wider tolerance."""
+    return first if TOLERANCES[first] >= TOLERANCES[second] else second
+
+
+def _features(ours: _Array, theirs: _Array) -> float:
+    # BERT's hidden states share a large common part, which even unrelated tokens have.
+    theirs = theirs.astype(np.float64)
+    return _ratio(_rms(ours - theirs), _rms(theirs - theirs.mean(axis=0)))
+
+
+def _logits(ours: _Array, theirs: _Array) -> float:
+    # A constant added to all the logits of a position changes no probability.
+    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
+    ours -= ours.mean(axis=1, keepdims=True)
+    theirs -= theirs.mean(axis=1, keepdims=True)
+    return _ratio(_rms(ours - theirs), _rms(theirs))
+
+
+def _next_sentence(ours: _Array, theirs: _Array) -> float:
+    ours, theirs = ours[:, 0].astype(np.float64) - ours[:, 1], theirs[:, 0].astype(np.float64) - theirs[:, 1]
+    return _ratio(_rms(ours - theirs), max(1.0, _rms(theirs)))
+
+
+def _fill_mask(ours: Answer, theirs: Answer) -> float:
+    everything = theirs["all_log_probs"].astype(np.float64)
+    ids, log_probs = ours["ids"], ours["log_probs"].astype(np.float64)
+    if int(ids.min()) < 0 or int(ids.max()) >= everything.shape[1]:
+        return float("inf")
+    # The same tokens must have the same log-probabilities, and no better tokens may have been left out: two
+    # tokens that are nearly equal may change places.
+    same_tokens = log_probs - np.take_along_axis(everything, ids, axis=1)
+    same_ranks = log_probs - theirs["log_probs"]
+    spread = _rms(everything - everything.mean(axis=1, keepdims=True))
+    return _ratio(max(_rms(same_tokens), _rms(same_ranks)), spread)
+
+
+def _rms(values: _Array) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
+
+
+def _ratio(error: float, size: float) -> float:
+    if size > 0:
+        return error / size
+    return 0.0 if error == 0 else float("inf")

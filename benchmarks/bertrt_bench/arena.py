@@ -1,0 +1,165 @@
+"""Brings the contestants together: one process each, the same questions, one turn at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from bertrt.errors import InputError
+from bertrt.folder import EngineFolder
+from bertrt.tokenization import WordPieceTokenizer
+from bertrt_bench import agreement
+from bertrt_bench.agreement import Agreement
+from bertrt_bench.cases import TOP_K, Case, SpecialIds, make_question
+from bertrt_bench.contestants import ENGINE, ContestantKind, Setup
+from bertrt_bench.process import ContestantProcess, Turn
+from bertrt_bench.reference import reference_folder
+
+# Numbers in one array of an answer that is compared (16 MiB of float32).
+_LARGEST_ARRAY: Final = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A rival, and how well the engine agrees with it."""
+
+    rival: str
+    agreement: Agreement
+
+
+class Arena:
+    """The contestants of one benchmark; a context manager that starts and ends their processes.
+
+    A process of its own for each, because thread pools that spin disturb one another when they share one.
+    They are all alive at once, but only one ever computes.
+
+    Args:
+        folder: the engine.
+        cases: what will be measured.
+        rivals: who takes part beside the engine.
+        threads: of each contestant.
+        backend: of the engine; ``None`` for its default.
+        reference: see `bertrt_bench.reference.reference_folder`.
+        seed: of the token ids.
+        timeout: seconds for any one step.
+        engine: how the engine itself takes part.
+    """
+
+    def __init__(
+        self,
+        folder: EngineFolder,
+        cases: Sequence[Case],
+        *,
+        rivals: Sequence[ContestantKind] = (),
+        threads: int,
+        backend: str | None = None,
+        reference: str | None = None,
+        seed: int = 0,
+        timeout: float = 300.0,
+        engine: ContestantKind = ENGINE,
+    ) -> None:
+        self.cases = list(cases)
+        self.contestants: list[ContestantProcess] = []
+        self._folder = folder
+        self._kinds = [engine, *rivals]
+        self._threads = threads
+        self._backend = backend
+        self._reference = reference
+        self._seed = seed
+        self._timeout = timeout
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Arena:
+        with contextlib.ExitStack() as stack:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bertrt-bench-")))
+            reference = None
+            if any(kind.needs_reference for kind in self._kinds):
+                source = self._folder.manifest.source
+                reference = str(reference_folder(source, self._reference, scratch))
+            elif self._reference is not None:
+                raise InputError(
+                    "a reference checkpoint is of use only to a rival that needs it; name one with --against"
+                )
+            setup = Setup(
+                engine=str(self._folder.path.absolute()),
+                threads=self._threads,
+                backend=self._backend,
+                reference=reference,
+            )
+            for number, kind in enumerate(self._kinds):
+                private = scratch / f"contestant-{number}"
+                private.mkdir()
+                process = ContestantProcess(kind, setup, private, timeout=self._timeout)
+                self.contestants.append(stack.enter_context(process))
+            self._ask_questions(scratch)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def check(self, case: Case) -> list[Check]:
+        """Let all answer a case once, and compare the engine's answer with each rival's.
+
+        Raises:
+            AnswersDisagreeError: beyond the tolerance of the coarser precision, or not finite.
+            MeasurementError: a contestant failed.
+        """
+        index, manifest = self.cases.index(case), self._folder.manifest
+        architecture = manifest.architecture
+        widest = architecture.hidden_size if case.task == "features" else architecture.vocab_size
+        rows = max(1, _LARGEST_ARRAY // widest)
+        shapes = agreement.answer_shapes(
+            case,
+            hidden_size=architecture.hidden_size,
+            vocab_size=architecture.vocab_size,
+            top_k=TOP_K,
+            rows=rows,
+        )
+        answers = []
+        for contestant in self.contestants:
+            expected = dict(shapes)
+            if contestant is not self.contestants[0] and case.task == "fill-mask":
+                expected["all_log_probs"] = (shapes["ids"][0], architecture.vocab_size)
+            answer = contestant.answer(index, case, rows=rows)
+            agreement.check_answer(contestant.kind.name, case, answer, expected)
+            answers.append(answer)
+        checks = []
+        for contestant, answer in zip(self.contestants[1:], answers[1:], strict=True):
+            precision = agreement.coarser(manifest.precision, contestant.kind.precision)
+            outcome = agreement.compare(case, precision, answers[0], answer)
+            agreement.require(case, contestant.kind.name, outcome)
+            checks.append(Check(rival=contestant.kind.name, agreement=outcome))
+        return checks
+
+    def turn(
+        self, contestant: ContestantProcess, case: Case, *, warmup: int, runs: int, seconds: float
+    ) -> Turn:
+        """Let one contestant run a case while the others are at rest; see `ContestantProcess.time`."""
+        return contestant.time(self.cases.index(case), case, warmup=warmup, runs=runs, seconds=seconds)
+
+    def _ask_questions(self, scratch: Path) -> None:
+        architecture = self._folder.manifest.architecture
+        special = SpecialIds.of(WordPieceTokenizer.from_folder(self._folder.path))
+        for index, case in enumerate(self.cases):
+            folder = scratch / f"question-{index}"
+            folder.mkdir()
+            make_question(
+                case,
+                special=special,
+                vocab_size=architecture.vocab_size,
+                type_vocab_size=architecture.type_vocab_size,
+                seed=self._seed,
+            ).save(folder)
+            for contestant in self.contestants:
+                contestant.prepare(index, case, folder)

@@ -1,0 +1,101 @@
+"""Runs a benchmark: check the answers, then turns in rounds."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+
+from bertrt import machine
+from bertrt.builtin import resolve
+from bertrt.folder import EngineFolder
+from bertrt_bench.arena import Arena
+from bertrt_bench.cases import Case
+from bertrt_bench.contestants import ENGINE, RIVALS, ContestantKind
+from bertrt_bench.options import BenchOptions, check_fits
+from bertrt_bench.report import CaseResult, Comparison, ContestantRecord, Report
+from bertrt_bench.timings import speedup, summarise
+
+
+def measure(
+    options: BenchOptions,
+    *,
+    on_step: Callable[[], None] = lambda: None,
+    registry: Mapping[str, ContestantKind] = RIVALS,
+    engine: ContestantKind = ENGINE,
+) -> Report:
+    """Run a benchmark.
+
+    All contestants answer every case once and must agree before anything is timed. Then come rounds; in each
+    round every case is run by the engine, then by each rival, so that what changes on the machine meanwhile
+    meets all.
+
+    Args:
+        options: what to measure.
+        on_step: called after each of the steps that `count_steps` counts.
+        registry: the rivals that ``options.against`` names.
+        engine: how the engine itself takes part.
+
+    Raises:
+        InputError, MissingHeadError: the options do not fit the engine.
+        EngineFolderError: the engine cannot be opened.
+        AnswersDisagreeError: the contestants do not answer the same; nothing was timed.
+        MeasurementError: a contestant cannot run, died or hung.
+    """
+    rivals = options.kinds(registry)
+    folder = EngineFolder.open(resolve(options.engine, verify=options.verify), verify=options.verify)
+    cases = options.cases()
+    check_fits(cases, folder.manifest)
+    started, start = datetime.now(UTC), time.monotonic()
+    load = os.getloadavg()[0]
+    with Arena(
+        folder,
+        cases,
+        rivals=rivals,
+        threads=options.thread_count,
+        backend=options.backend,
+        reference=options.reference,
+        seed=options.seed,
+        timeout=options.timeout,
+        engine=engine,
+    ) as arena:
+        checks = {}
+        for case in cases:
+            checks[case] = {check.rival: check.agreement for check in arena.check(case)}
+            on_step()
+        times: dict[tuple[Case, str], list[list[int]]] = {}
+        for number in range(options.round_count):
+            runs, seconds = options.runs_of_round(number)
+            warmup = options.warmup if number == 0 else min(1, options.warmup)
+            for case in cases:
+                for contestant in arena.contestants:
+                    turn = arena.turn(contestant, case, warmup=warmup, runs=runs, seconds=seconds)
+                    times.setdefault((case, contestant.kind.name), []).append(turn.nanoseconds)
+                    on_step()
+        records = [ContestantRecord.of(contestant, options.thread_count) for contestant in arena.contestants]
+    results = []
+    for case in cases:
+        timings = {record.name: summarise(times[case, record.name], case) for record in records}
+        comparisons = {
+            rival.name: Comparison(
+                speedup=speedup(timings[engine.name], timings[rival.name]), agreement=checks[case][rival.name]
+            )
+            for rival in rivals
+        }
+        results.append(CaseResult(case=case, timings=timings, comparisons=comparisons))
+    return Report(
+        options=options,
+        manifest=folder.manifest,
+        machine=machine.describe(),
+        load_average=load,
+        started=started,
+        duration_seconds=time.monotonic() - start,
+        contestants=records,
+        results=results,
+    )
+
+
+def count_steps(options: BenchOptions) -> int:
+    """Steps of `measure`: a check of each case, and a turn of each contestant in each case and round."""
+    return len(options.cases()) * (1 + options.round_count * (1 + len(options.against)))

@@ -1,0 +1,237 @@
+"""The outcome of a benchmark, as JSON and as a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any, Final
+
+import bertrt
+from bertrt.cli.console import table
+from bertrt.machine import Machine
+from bertrt.manifest import Manifest
+from bertrt_bench.agreement import MEASURES, Agreement
+from bertrt_bench.cases import TOP_K, Case
+from bertrt_bench.options import BenchOptions
+from bertrt_bench.process import ContestantProcess
+from bertrt_bench.timings import Speedup, Timings
+
+FORMAT: Final = "bertrt-bench"
+FORMAT_VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContestantRecord:
+    """Who took part.
+
+    Attributes:
+        name: as after ``--against``; the engine's is ``engine``.
+        description: one line.
+        threads: that one run used.
+        versions: of the packages that did its work.
+        details: what else decides its speed.
+        idle_cpu_seconds: processor time that it used while it was another's turn; near 0, or it disturbed
+            them.
+    """
+
+    name: str
+    description: str
+    threads: int
+    versions: Mapping[str, str]
+    details: Mapping[str, str]
+    idle_cpu_seconds: float
+
+    @classmethod
+    def of(cls, contestant: ContestantProcess, threads: int) -> ContestantRecord:
+        """The record of a contestant at the end of its turns."""
+        return cls(
+            name=contestant.kind.name,
+            description=contestant.kind.description,
+            threads=threads,
+            versions=contestant.versions,
+            details=contestant.details,
+            idle_cpu_seconds=contestant.idle_cpu_seconds,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The engine beside one rival in one case."""
+
+    speedup: Speedup
+    agreement: Agreement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaseResult:
+    """All the figures of one case, by contestant, and the comparisons by rival."""
+
+    case: Case
+    timings: Mapping[str, Timings]
+    comparisons: Mapping[str, Comparison]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A benchmark's outcome.
+
+    Attributes:
+        options: what was asked.
+        manifest: of the engine.
+        machine: where it ran.
+        load_average: the system's load over the minute before the start; well above 0, others were at work.
+        started: time of the start, UTC.
+        duration_seconds: of the whole benchmark.
+        contestants: the engine first.
+        results: by case, in the order that was asked for.
+    """
+
+    options: BenchOptions
+    manifest: Manifest
+    machine: Machine
+    load_average: float
+    started: datetime
+    duration_seconds: float
+    contestants: Sequence[ContestantRecord]
+    results: Sequence[CaseResult]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as a JSON value; times in milliseconds, unless a name says otherwise."""
+        source, options = self.manifest.source, self.options
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "started": self.started.isoformat(timespec="seconds"),
+            "duration_seconds": self.duration_seconds,
+            "bertrt": bertrt.__version__,
+            "machine": {**self.machine.to_json(), "load_average": self.load_average},
+            "engine": {
+                "name": source.name,
+                "kind": source.kind,
+                "weights_sha256": source.weights_sha256,
+                "seed": source.seed,
+                "precision": self.manifest.precision,
+                "dialect": self.manifest.dialect,
+                "latency_only": self.manifest.latency_only,
+                "architecture": self.manifest.architecture.to_json(),
+                "versions": dict(self.manifest.versions),
+            },
+            "settings": {
+                "threads": options.thread_count,
+                "warmup": options.warmup,
+                "rounds": options.round_count,
+                "repeats": options.repeats,
+                "seconds": None if options.repeats is not None else options.seconds,
+                "seed": options.seed,
+                "top_k": TOP_K,
+            },
+            "contestants": [
+                {**asdict(record), "versions": dict(record.versions), "details": dict(record.details)}
+                for record in self.contestants
+            ],
+            "cases": [
+                {
+                    **asdict(result.case),
+                    "timings": {
+                        name: {**asdict(timings), "round_p50_ms": list(timings.round_p50_ms)}
+                        for name, timings in result.timings.items()
+                    },
+                    "comparisons": {
+                        name: {
+                            "speedup": asdict(comparison.speedup),
+                            "agreement": {
+                                **asdict(comparison.agreement),
+                                "measure": MEASURES[result.case.task],
+                            },
+                        }
+                        for name, comparison in result.comparisons.items()
+                    },
+                }
+                for result in self.results
+            ],
+        }
+
+    def to_json_text(self) -> str:
+        """The report as the text of a JSON file."""
+        return json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def to_text(self) -> str:
+        """The report for people."""
+        return "\n".join([*self._head(), "", self._table(), *self._foot()])
+
+    def _head(self) -> list[str]:
+        source, machine = self.manifest.source, self.machine
+        instructions = " ".join(machine.instruction_sets)
+        weights = ", random weights: its answers mean nothing" if self.manifest.latency_only else ""
+        lines = [
+            f"{source.name}, {self.manifest.precision}{weights}",
+            f"{machine.cpu}, {machine.usable_cpus} usable CPUs, {instructions or machine.architecture}",
+            f"{machine.os}; {machine.python}; bertrt {bertrt.__version__}; "
+            f"load {self.load_average:.1f} before the start",
+        ]
+        for record in self.contestants:
+            facts = [f"{name} {version}" for name, version in record.versions.items()]
+            facts += [f"{name} {value}" for name, value in record.details.items()]
+            facts.append(f"{record.threads} thread{'' if record.threads == 1 else 's'}")
+            lines += [f"{record.name}: {record.description}", f"  {', '.join(facts)}"]
+        return lines
+
+    def _table(self) -> str:
+        rivals = [record.name for record in self.contestants[1:]]
+        rows = [
+            ["task", "batch", "seq", "", "p50 ms", "p90", "p99", "mean", "± sd", "seq/s", "tokens/s", "runs"]
+        ]
+        if rivals:
+            rows[0].append("engine is faster by (rounds)")
+        for result in self.results:
+            case = result.case
+            for name, timings in result.timings.items():
+                first = name == self.contestants[0].name
+                shape = [case.task, str(case.batch), str(case.sequence)] if first else ["", "", ""]
+                milliseconds = (
+                    timings.p50_ms,
+                    timings.p90_ms,
+                    timings.p99_ms,
+                    timings.mean_ms,
+                    timings.std_ms,
+                )
+                row = [*shape, name, *map(_short, milliseconds)]
+                row += [
+                    _short(timings.sequences_per_second),
+                    f"{timings.tokens_per_second:,.0f}",
+                    str(timings.runs),
+                ]
+                if rivals:
+                    row.append(_ratio(result.comparisons[name].speedup) if name in result.comparisons else "")
+                rows.append(row)
+        return table(rows, align="<>><>>>>>>>>>", indent="")
+
+    def _foot(self) -> list[str]:
+        lines = []
+        for record in self.contestants[1:]:
+            worst: dict[str, Agreement] = {}
+            for result in self.results:
+                found = result.comparisons[record.name].agreement
+                if result.case.task not in worst or found.error > worst[result.case.task].error:
+                    worst[result.case.task] = found
+            outcomes = [
+                f"{task} {found.error:.2g} (tolerance {found.tolerance:g})" for task, found in worst.items()
+            ]
+            lines += [
+                f"answers agree with {record.name}; largest relative error:",
+                f"  {', '.join(outcomes)}",
+            ]
+        return ["", *lines] if lines else []
+
+
+def _short(value: float) -> str:
+    """Three significant digits, or all the digits of a larger number."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def _ratio(speedup: Speedup) -> str:
+    return f"{speedup.median:.2f}x ({speedup.low:.2f}-{speedup.high:.2f})"

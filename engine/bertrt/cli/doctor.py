@@ -1,0 +1,143 @@
+"""``bertrt doctor``: what this machine has, which backends can run, and why the others cannot."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from bertrt import __version__
+from bertrt.backends.registry import BackendStatus, backend_status
+from bertrt.builtin import cache_folder
+from bertrt.cli.command import EXIT_CHECK_FAILED, EXIT_OK, Command
+from bertrt.cli.console import emit, human_bytes, table
+from bertrt.cli.extras import EXTRA_OF_MODULE, install_line
+from bertrt.errors import BertRTError
+from bertrt.machine import Machine, describe
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "What this machine has, which backends can run, and why the others cannot. "
+        "Exit code 1 when no backend can."
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    machine, backends, packages, cache = describe(), backend_status(), _packages(), _cache()
+    if args.json:
+        value = {
+            "bertrt": __version__,
+            "machine": machine.to_json(),
+            "backends": [asdict(backend) for backend in backends],
+            "packages": packages,
+            "cache": cache,
+        }
+        emit(value, as_json=True)
+    else:
+        emit("\n".join(_report(machine, backends, packages, cache)), as_json=False)
+    return EXIT_OK if any(backend.available for backend in backends) else EXIT_CHECK_FAILED
+
+
+def _packages() -> list[dict[str, str | None]]:
+    """The optional packages: version if installed, and otherwise the line that installs them."""
+    found: list[dict[str, str | None]] = []
+    for module, extra in EXTRA_OF_MODULE.items():
+        installed = importlib.util.find_spec(module) is not None
+        found.append(
+            {
+                "name": module,
+                "extra": extra,
+                "version": _version(module) if installed else None,
+                "install": None if installed else install_line([extra]),
+            }
+        )
+    return found
+
+
+def _version(module: str) -> str:
+    try:
+        return importlib.metadata.version(module)
+    except importlib.metadata.PackageNotFoundError:  # another distribution brings the module
+        return "installed"
+
+
+def _cache() -> dict[str, Any]:
+    """Where built-in engines are kept, and what is there."""
+    try:
+        folder = cache_folder()
+    except BertRTError as error:
+        return {"path": None, "engines": [], "problem": str(error)}
+    try:
+        engines = sorted(path.name for path in folder.iterdir() if (path / "engine.json").is_file())
+    except OSError:  # not there yet
+        engines = []
+    return {"path": str(folder), "engines": engines, "problem": None}
+
+
+def _report(
+    machine: Machine,
+    backends: list[BackendStatus],
+    packages: list[dict[str, str | None]],
+    cache: dict[str, Any],
+) -> Iterator[str]:
+    yield f"bertrt {__version__}"
+    yield table(
+        [
+            ("python", machine.python),
+            ("system", machine.os),
+            ("processor", f"{machine.cpu} ({machine.architecture})"),
+            ("cores", _cores(machine)),
+            ("instructions", ", ".join(machine.instruction_sets) or "unknown"),
+            ("memory", _memory(machine)),
+        ]
+    )
+    yield "backends"
+    yield table(
+        [
+            (backend.name, backend.version or "-", "available" if backend.available else backend.reason)
+            for backend in backends
+        ]
+    )
+    yield "optional packages"
+    yield table(
+        [
+            (package["name"] or "", package["version"] or "-", package["install"] or "installed")
+            for package in packages
+        ]
+    )
+    yield "built-in engines"
+    held = ", ".join(cache["engines"]) or "none yet"
+    yield table([(cache["problem"] or cache["path"], "" if cache["problem"] else held)])
+
+
+def _cores(machine: Machine) -> str:
+    quota = "none" if machine.cpu_quota is None else f"{machine.cpu_quota:g}"
+    return (
+        f"{machine.usable_cpus} usable of {machine.logical_cpus} "
+        f"(affinity {machine.affinity_cpus}, control-group quota {quota})"
+    )
+
+
+def _memory(machine: Machine) -> str:
+    total, available, limit = (
+        "unknown" if count is None else human_bytes(count)
+        for count in (machine.memory_bytes, machine.memory_available_bytes, machine.memory_limit_bytes)
+    )
+    limit = "none" if machine.memory_limit_bytes is None else limit
+    return f"{available} available of {total} (control-group limit {limit})"
+
+
+COMMAND = Command(
+    name="doctor",
+    help="what this machine has, and which backends can run",
+    example="""
+bertrt doctor
+bertrt doctor --json
+""",
+    add_arguments=_add_arguments,
+    run=_run,
+)

@@ -1,0 +1,1 @@
+"""The subcommands of ``bertrt`` that need the exporter; found through entry points."""

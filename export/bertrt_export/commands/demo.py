@@ -1,0 +1,67 @@
+"""``bertrt demo``: the main job from end to end, each step shown as the command that a user would type."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shlex
+import sys
+from pathlib import Path
+from typing import get_args
+
+from bertrt.cli import main
+from bertrt.cli.command import EXIT_OK, Command
+from bertrt.manifest import Precision
+
+_TEXTS = (
+    "He sat down in the [MASK] and looked out of the window.",
+    "The man worked as a [MASK].",
+    "The woman worked as a [MASK].",
+)
+_FOLLOWS = ("She opened the door and looked out.", "There was nobody in the street.")
+_RANDOM = ("She opened the door and looked out.", "The strata of the lower chalk contain no such fossils.")
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-engine"), help="the engine folder to make (default demo-engine)"
+    )
+    parser.add_argument(
+        "--precision", choices=get_args(Precision), default="int8", help="of the engine (default int8)"
+    )
+    parser.set_defaults(json=False)
+
+
+def _steps(out: str, precision: str) -> list[tuple[str, ...]]:
+    return [
+        ("export", "demo", out, "--precision", precision, "--overwrite"),
+        ("info", out),
+        ("fill-mask", out, *_TEXTS, "--top-k", "3"),
+        ("next-sentence", out, *_FOLLOWS),
+        ("next-sentence", out, *_RANDOM),
+        ("features", out, "Replace me by any text you'd like.", "--pooling", "mean"),
+        ("drift", out),
+        ("bench", out, "--batch", "1,8", "--sequence", "16,128", "--against", "torch"),
+    ]
+
+
+def _run(args: argparse.Namespace) -> int:
+    # The last two hold the engine against PyTorch.
+    reference = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    for step in _steps(str(args.out), args.precision):
+        if step[0] in {"drift", "bench"} and not reference:
+            print(f'bertrt: left out "bertrt {step[0]}": it needs pip install "bertrt[torch]"', file=sys.stderr)
+            continue
+        print(f"\n$ bertrt {shlex.join(step)}", flush=True)
+        if code := main(step):
+            return code
+    return EXIT_OK
+
+
+COMMAND = Command(
+    name="demo",
+    help="export the demo model, ask it, measure its drift and its speed",
+    example="bertrt demo\nbertrt demo --out my-engine --precision fp32",
+    add_arguments=_add_arguments,
+    run=_run,
+)

@@ -1,0 +1,92 @@
+"""``bertrt export``: a checkpoint becomes an engine folder."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import get_args
+
+from bertrt.cli.command import EXIT_OK, Command
+from bertrt.cli.console import emit
+from bertrt.folder import EngineFolder
+from bertrt.manifest import Dialect, Precision
+from bertrt_export.checkpoints import open_checkpoint
+from bertrt_export.exporter import export_engine
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="'demo' (embedded), a local Hugging Face folder, or the name of a checkpoint on the hub; "
+        "with --random the name of an architecture",
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="the engine folder to make")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="int8",
+        help="of the matrix products: int8 (default) is the fastest on a CPU, fp32 the nearest to PyTorch",
+    )
+    parser.add_argument(
+        "--dialect",
+        choices=get_args(Dialect),
+        default="ort",
+        help="ort (default): ONNX Runtime's fused operators; onnx: standard operators only (opset 23)",
+    )
+    parser.add_argument("--revision", help="commit, tag or branch of a checkpoint on the hub")
+    parser.add_argument(
+        "--random",
+        action="store_true",
+        help="random weights in the shape of SOURCE (bert-base-cased, bert-large-cased, bert-base-uncased): "
+        "for measuring latency only",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an engine folder that is there")
+
+
+def _run(args: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    with open_checkpoint(
+        args.source, revision=args.revision, random=args.random, seed=args.seed
+    ) as checkpoint:
+        manifest = export_engine(
+            checkpoint,
+            args.out,
+            precision=args.precision,
+            dialect=args.dialect,
+            overwrite=args.overwrite,
+        )
+    size = EngineFolder(args.out, manifest).size()
+    seconds = time.perf_counter() - start
+    if args.json:
+        result = {
+            "engine": str(args.out),
+            "precision": manifest.precision,
+            "dialect": manifest.dialect,
+            "latency_only": manifest.latency_only,
+            "bytes": size,
+            "seconds": round(seconds, 3),
+            "operators": manifest.graph["operators"],
+        }
+        emit(result, as_json=True)
+        return EXIT_OK
+    note = "; random weights: for latency only, its answers mean nothing" if manifest.latency_only else ""
+    emit(
+        f"{args.out}: {manifest.source.name}, {manifest.precision}, {size / 1e6:.1f} MB, "
+        f"{seconds:.1f} s{note}\nnext: bertrt info {args.out}",
+        as_json=False,
+    )
+    return EXIT_OK
+
+
+COMMAND = Command(
+    name="export",
+    help="turn a checkpoint into an engine folder",
+    example="bertrt export demo demo-engine --precision int8\n"
+    "bertrt export ./my-bert engine --precision fp32\n"
+    "bertrt export bert-base-cased latency-engine --random",
+    add_arguments=_add_arguments,
+    run=_run,
+)

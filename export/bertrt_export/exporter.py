@@ -1,0 +1,123 @@
+"""From a checkpoint to an engine folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import onnx
+
+from bertrt.errors import ExportError
+from bertrt.folder import MANIFEST_NAME, record_files, write_folder
+from bertrt.manifest import Dialect, Manifest, Precision
+from bertrt_export.checkpoints import Checkpoint
+from bertrt_export.graph.emitter import WEIGHTS_NAME, WeightFile, count_operators
+from bertrt_export.graph.model import build_graph
+from bertrt_export.selfcheck import check_engine
+
+STANDARD_GRAPH = "model.onnx"
+ENGINE_GRAPH = "engine.onnx"
+# What says how an engine's nodes were fused and quantised, kept in the manifest.
+_NOTABLE = (
+    "Attention",
+    "MultiHeadAttention",
+    "EmbedLayerNormalization",
+    "SkipLayerNormalization",
+    "LayerNormalization",
+    "BiasGelu",
+    "FastGelu",
+    "Gelu",
+    "MatMulIntegerToFloat",
+    "MatMulInteger",
+    "MatMul",
+    "Gemm",
+)
+_BUILT_WITH = ("bertrt", "numpy", "onnx", "onnxruntime")
+
+
+def export_engine(
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    precision: Precision = "int8",
+    dialect: Dialect = "ort",
+    overwrite: bool = False,
+) -> Manifest:
+    """Build an engine from a checkpoint, check it, and put it at ``out``, whole or not at all.
+
+    Weights are read, converted and written one at a time: memory stays near the size of the largest few.
+
+    Args:
+        checkpoint: an open checkpoint.
+        out: the engine folder to make.
+        precision: of the matrix products.
+        dialect: ``ort`` for ONNX Runtime's fused operators, ``onnx`` for standard operators only.
+        overwrite: replace an engine folder that is there.
+
+    Returns:
+        The manifest of the new engine.
+
+    Raises:
+        ExportError: ``out`` exists or cannot be written, or the engine failed its own check.
+        CheckpointError: a tensor is missing, has the wrong shape or is not finite.
+    """
+    with write_folder(out, overwrite=overwrite) as folder:
+        graphs = _write_graphs(checkpoint, folder, precision=precision, dialect=dialect)
+        _write_json(folder / "config.json", checkpoint.config)
+        (folder / "tokenizer.json").write_text(checkpoint.tokenizer.to_json(), encoding="utf-8")
+        _write_json(folder / "tokenizer_config.json", checkpoint.tokenizer.settings.to_config())
+        counts = count_operators(graphs[ENGINE_GRAPH])
+        manifest = Manifest(
+            source=checkpoint.source,
+            architecture=checkpoint.architecture,
+            precision=precision,
+            dialect=dialect,
+            heads=checkpoint.heads,
+            backends={"onnxruntime": {"graph": ENGINE_GRAPH, "weights": WEIGHTS_NAME}},
+            files=record_files(folder),
+            graph={
+                "opset": graphs[ENGINE_GRAPH].opset_import[0].version,
+                "nodes": sum(counts.values()),
+                "operators": {name: counts[name] for name in _NOTABLE if name in counts},
+            },
+            versions={name: _version(name) for name in _BUILT_WITH},
+        )
+        (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        check_engine(folder, manifest, graphs)
+    return manifest
+
+
+def _write_graphs(
+    checkpoint: Checkpoint, folder: Path, *, precision: Precision, dialect: Dialect
+) -> dict[str, onnx.ModelProto]:
+    weights = WeightFile(folder / WEIGHTS_NAME)
+    try:
+        graphs = {
+            STANDARD_GRAPH: build_graph(
+                checkpoint, weights, precision=precision, dialect=dialect, interface="standard"
+            ),
+            ENGINE_GRAPH: build_graph(
+                checkpoint, weights, precision=precision, dialect=dialect, interface="engine"
+            ),
+        }
+    finally:
+        weights.close()
+    for name, graph in graphs.items():
+        (folder / name).write_bytes(graph.SerializeToString(deterministic=True))
+    return graphs
+
+
+def _write_json(path: Path, value: object) -> None:
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise ExportError(f"cannot write {path.name}: {error}") from error
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,229 @@
+"""Matrix products with the model's weights, in each precision.
+
+All of them take and give float32: the residual stream, LayerNorm and the biases around them stay in float32,
+whatever the precision of the products.
+
+- ``fp32``: as it stands.
+- ``fp16``: operands and results of the products are float16. What enters is clamped to float16's range, and so is
+  what leaves, so that a value near the limit saturates instead of becoming infinite and, a product later, NaN.
+- ``int8``: weights are int8 with a scale for each output channel. Activations are quantised when they come, with a
+  scale for each *token*: unlike ONNX's DynamicQuantizeLinear, which takes one scale from the whole tensor, that
+  leaves the answer of one sequence untouched by its neighbours and its padding, and it is more accurate.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from onnx import TensorProto
+
+from bertrt.manifest import Dialect, Precision
+from bertrt_export.graph.emitter import MICROSOFT, GraphEmitter
+from bertrt_export.quantize import QuantizedWeight, quantize_per_channel
+
+FLOAT16_LARGEST = 65504.0
+_TABLE = "embeddings.word_embeddings"
+
+
+class Weights(Protocol):
+    """Where float32 tensors come from: a checkpoint."""
+
+    def tensor(self, name: str) -> npt.NDArray[np.float32]:
+        """The tensor of a canonical name."""
+        ...
+
+
+class Products(ABC):
+    """Products of float32 activations with named weights."""
+
+    def __init__(self, emitter: GraphEmitter, weights: Weights) -> None:
+        self.emitter = emitter
+        self.weights = weights
+
+    @abstractmethod
+    def linear(self, x: str, name: str, *, quantize: bool = True) -> str:
+        """``x @ W.T`` of ``{name}.weight``, without its bias; ``quantize=False`` asks int8 for float32."""
+
+    @abstractmethod
+    def decoder(self, x: str, name: str, *, tied: bool) -> str:
+        """``x @ W.T`` with the vocabulary: the word embeddings themselves where they are ``tied``."""
+
+    @abstractmethod
+    def words(self, ids: str) -> str:
+        """Rows of the word embeddings for int32 ids, as float32."""
+
+    def vector(self, name: str, make: Callable[[], npt.NDArray[np.float32]] | None = None) -> str:
+        """A float32 initializer: biases, LayerNorm parameters, small tables."""
+        return self.emitter.weight(name, make or (lambda: self.weights.tensor(name)))
+
+    def bias(self, name: str) -> str:
+        """The bias ``{name}.bias``."""
+        return self.vector(f"{name}.bias")
+
+
+class Float32Products(Products):
+    """``fp32``: MatMul and Gemm on float32."""
+
+    def linear(self, x: str, name: str, *, quantize: bool = True) -> str:  # noqa: ARG002 - nothing to leave out
+        """See `Products.linear`."""
+        weight = self.emitter.weight(f"{name}.weight_t", lambda: self.weights.tensor(f"{name}.weight").T)
+        return self.emitter.node("MatMul", [x, weight], name=name)
+
+    def decoder(self, x: str, name: str, *, tied: bool) -> str:
+        """See `Products.decoder`; Gemm reads the table as it lies, so a tied one is stored once."""
+        return self.emitter.node("Gemm", [x, self._table(name, tied=tied)], name=name, transB=1)
+
+    def words(self, ids: str) -> str:
+        """See `Products.words`."""
+        return self.emitter.node("Gather", [self._table("", tied=True), ids], name="embeddings/words", axis=0)
+
+    def _table(self, name: str, *, tied: bool) -> str:
+        source = f"{_TABLE if tied else name}.weight"
+        return self.emitter.weight(source, lambda: self.weights.tensor(source))
+
+
+class Float16Products(Products):
+    """``fp16``: products on float16, saturating at its limits."""
+
+    def __init__(self, emitter: GraphEmitter, weights: Weights) -> None:
+        super().__init__(emitter, weights)
+        # One activation feeds several products (query, key and value): it is converted once.
+        self._converted: dict[str, str] = {}
+
+    def linear(self, x: str, name: str, *, quantize: bool = True) -> str:  # noqa: ARG002 - nothing to leave out
+        """See `Products.linear`."""
+        weight = self.emitter.weight(
+            f"{name}.weight_t", lambda: _to_float16(self.weights.tensor(f"{name}.weight").T)
+        )
+        product = self.emitter.node("MatMul", [self._enter(x), weight], name=name)
+        return self._leave(product, name)
+
+    def decoder(self, x: str, name: str, *, tied: bool) -> str:
+        """See `Products.decoder`."""
+        table = self._table(name, tied=tied)
+        product = self.emitter.node("Gemm", [self._enter(x), table], name=name, transB=1)
+        return self._leave(product, name)
+
+    def words(self, ids: str) -> str:
+        """See `Products.words`."""
+        rows = self.emitter.node("Gather", [self._table("", tied=True), ids], name="embeddings/words", axis=0)
+        return self.emitter.node("Cast", [rows], name="embeddings/words", to=TensorProto.FLOAT)
+
+    def _enter(self, x: str) -> str:
+        if x not in self._converted:
+            name = f"{x}/to_float16"
+            clamped = self.emitter.node("Clip", [x, *self._limits()], name=name)
+            self._converted[x] = self.emitter.node("Cast", [clamped], name=name, to=TensorProto.FLOAT16)
+        return self._converted[x]
+
+    def _leave(self, x: str, name: str) -> str:
+        wide = self.emitter.node("Cast", [x], name=name, to=TensorProto.FLOAT)
+        return self.emitter.node("Clip", [wide, *self._limits()], name=name)
+
+    def _limits(self) -> list[str]:
+        return [self.emitter.scalar(-FLOAT16_LARGEST), self.emitter.scalar(FLOAT16_LARGEST)]
+
+    def _table(self, name: str, *, tied: bool) -> str:
+        source = f"{_TABLE if tied else name}.weight"
+        return self.emitter.weight(source, lambda: _to_float16(self.weights.tensor(source)))
+
+
+class Int8Products(Products):
+    """``int8``: int8 weights, activations quantised for each token."""
+
+    def __init__(self, emitter: GraphEmitter, weights: Weights, dialect: Dialect) -> None:
+        super().__init__(emitter, weights)
+        self._dialect = dialect
+        # One activation feeds several products (query, key and value): it is quantised once.
+        self._quantized: dict[str, tuple[str, str]] = {}
+
+    def linear(self, x: str, name: str, *, quantize: bool = True) -> str:
+        """See `Products.linear`."""
+        if not quantize:
+            return Float32Products(self.emitter, self.weights).linear(x, name)
+        weight = _Once(lambda: quantize_per_channel(self.weights.tensor(f"{name}.weight")))
+        values = self.emitter.weight(f"{name}.weight_q", lambda: weight().values.T)
+        scale = self.emitter.weight(f"{name}.weight_scale", lambda: weight().scale)
+        return self._product(x, values, scale, name)
+
+    def decoder(self, x: str, name: str, *, tied: bool) -> str:
+        """See `Products.decoder`; the table is stored once and turned when the engine is loaded."""
+        values, scale = self._table(name, tied=tied)
+        turned = self.emitter.node("Transpose", [values], name=name, perm=[1, 0])
+        return self._product(x, turned, scale, name)
+
+    def words(self, ids: str) -> str:
+        """See `Products.words`."""
+        name = "embeddings/words"
+        table, scales = self._table("", tied=True)
+        values = self.emitter.node("Gather", [table, ids], name=name, axis=0)
+        scale = self.emitter.node("Gather", [scales, ids], name=name, axis=0)
+        column = self.emitter.node("Unsqueeze", [scale, self.emitter.integers(-1)], name=name)
+        wide = self.emitter.node("Cast", [values], name=name, to=TensorProto.FLOAT)
+        return self.emitter.node("Mul", [wide, column], name=name)
+
+    def _table(self, name: str, *, tied: bool) -> tuple[str, str]:
+        source = f"{_TABLE if tied else name}.weight"
+        weight = _Once(lambda: quantize_per_channel(self.weights.tensor(source)))
+        values = self.emitter.weight(f"{source}_q", lambda: weight().values)
+        return values, self.emitter.weight(f"{source}_scale", lambda: weight().scale)
+
+    def _quantize(self, x: str) -> tuple[str, str]:
+        """``x`` as uint8 around 128, and its scale for each row."""
+        if x not in self._quantized:
+            emitter, name = self.emitter, f"{x}/quantize"
+            magnitude = emitter.node("Abs", [x], name=name)
+            largest = emitter.node("ReduceMax", [magnitude, emitter.integers(-1)], name=name, keepdims=1)
+            # A row of zeros still needs a scale that can divide.
+            largest = emitter.node("Max", [largest, emitter.scalar(1e-30)], name=name)
+            scale = emitter.node("Mul", [largest, emitter.scalar(1 / 127)], name=name)
+            unit = emitter.node("Div", [x, scale], name=name)
+            values = emitter.node("QuantizeLinear", [unit, emitter.scalar(1.0), self._middle()], name=name)
+            self._quantized[x] = values, scale
+        return self._quantized[x]
+
+    def _product(self, x: str, weight: str, weight_scale: str, name: str) -> str:
+        values, scale = self._quantize(x)
+        if self._dialect == "ort":
+            inputs = [values, weight, self.emitter.scalar(1.0), weight_scale, self._middle()]
+            product = self.emitter.node("MatMulIntegerToFloat", inputs, name=name, domain=MICROSOFT)
+        else:
+            whole = self.emitter.node("MatMulInteger", [values, weight, self._middle()], name=name)
+            wide = self.emitter.node("Cast", [whole], name=name, to=TensorProto.FLOAT)
+            product = self.emitter.node("Mul", [wide, weight_scale], name=name)
+        return self.emitter.node("Mul", [product, scale], name=name)
+
+    def _middle(self) -> str:
+        return self.emitter.constant("uint8_128", np.array(128, np.uint8))
+
+
+def make_products(
+    precision: Precision, dialect: Dialect, emitter: GraphEmitter, weights: Weights
+) -> Float32Products | Float16Products | Int8Products:
+    """The products of a precision."""
+    if precision == "fp32":
+        return Float32Products(emitter, weights)
+    if precision == "fp16":
+        return Float16Products(emitter, weights)
+    return Int8Products(emitter, weights, dialect)
+
+
+class _Once:
+    """Quantises when first asked and remembers, so that values and scales come from one pass."""
+
+    def __init__(self, make: Callable[[], QuantizedWeight]) -> None:
+        self._make = make
+        self._result: QuantizedWeight | None = None
+
+    def __call__(self) -> QuantizedWeight:
+        if self._result is None:
+            self._result = self._make()
+        return self._result
+
+
+def _to_float16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+    return np.clip(values, -FLOAT16_LARGEST, FLOAT16_LARGEST).astype(np.float16)

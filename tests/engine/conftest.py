@@ -1,0 +1,138 @@
+"""An engine on PyTorch: the runtime's answers with no graph in between."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bertrt_export
+import numpy as np
+import pytest
+import torch
+import transformers
+from bertrt.architecture import BertArchitecture
+from bertrt.backends.base import BatchOutput, TokenBatch, Wanted, check_request
+from bertrt.engine import Engine
+from bertrt.errors import EngineClosedError
+from bertrt.manifest import Heads
+from bertrt.tokenization import WordPieceTokenizer
+
+
+class TorchBackend:
+    """The contract of `Backend`, fulfilled by transformers' BertForPreTraining in float32.
+
+    It keeps every request, so that tests see what the runtime asked for.
+    """
+
+    name = "torch"
+    threads = 2
+
+    def __init__(
+        self, model: transformers.BertForPreTraining, architecture: BertArchitecture, heads: Heads
+    ) -> None:
+        self._model = model
+        self._architecture = architecture
+        self._heads = heads
+        self._lock = threading.Lock()
+        self.requests: list[tuple[TokenBatch, Wanted]] = []
+        self.closed = 0
+
+    @torch.inference_mode()
+    def run(self, batch: TokenBatch, wanted: Wanted) -> BatchOutput:
+        if self.closed:
+            raise EngineClosedError("closed")
+        check_request(batch, wanted, self._architecture, self._heads)
+        with self._lock:
+            self.requests.append((batch, wanted))
+        longest = int(batch.lengths.max())
+        real = torch.arange(longest)[None, :] < torch.from_numpy(batch.lengths)[:, None]
+        ids = torch.zeros(real.shape, dtype=torch.int64)
+        segments = torch.zeros_like(ids)
+        ids[real] = torch.from_numpy(batch.input_ids).long()
+        segments[real] = torch.from_numpy(batch.token_type_ids).long()
+        bert = self._model.bert(ids, attention_mask=real.long(), token_type_ids=segments)
+        packed = bert.last_hidden_state[real]
+        answers: dict[str, np.ndarray[Any, Any]] = {}
+        if wanted.hidden_states:
+            answers["hidden_states"] = packed.numpy()
+        if wanted.pooled:
+            answers["pooled"] = bert.pooler_output.numpy()
+        if wanted.nsp:
+            answers["nsp_logits"] = self._model.cls.seq_relationship(bert.pooler_output).numpy()
+        if wanted.mlm_positions is not None:
+            logits = self._model.cls.predictions(packed[torch.from_numpy(wanted.mlm_positions)])
+            log_probs = logits.log_softmax(dim=-1)
+            if wanted.mlm_top_k:
+                values, ids = log_probs.sort(dim=-1, descending=True, stable=True)
+                answers["mlm_top_ids"] = ids[:, : wanted.mlm_top_k].numpy()
+                answers["mlm_top_log_probs"] = values[:, : wanted.mlm_top_k].numpy()
+            if wanted.mlm_candidates is not None:
+                candidates = torch.from_numpy(wanted.mlm_candidates)
+                answers["mlm_candidate_log_probs"] = log_probs.gather(1, candidates).numpy()
+        return BatchOutput(**answers)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint() -> Path:
+    return Path(bertrt_export.__file__).parent / "demo"
+
+
+@pytest.fixture(scope="session")
+def prose(demo_checkpoint: Path) -> list[str]:
+    """Paragraphs of held-out prose."""
+    lines = (demo_checkpoint / "evaluation.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.strip()]
+
+
+@pytest.fixture(scope="session")
+def reference_model(demo_checkpoint: Path) -> transformers.BertForPreTraining:
+    torch.set_num_threads(2)
+    return transformers.BertForPreTraining.from_pretrained(demo_checkpoint, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def reference_tokenizer(demo_checkpoint: Path) -> transformers.BertTokenizerFast:
+    return transformers.BertTokenizerFast.from_pretrained(demo_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(demo_checkpoint: Path) -> WordPieceTokenizer:
+    return WordPieceTokenizer.from_folder(demo_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def architecture(demo_checkpoint: Path) -> BertArchitecture:
+    config = json.loads((demo_checkpoint / "config.json").read_text(encoding="utf-8"))
+    return BertArchitecture.from_config(config)
+
+
+@pytest.fixture
+def make_engine(
+    reference_model: transformers.BertForPreTraining,
+    tokenizer: WordPieceTokenizer,
+    architecture: BertArchitecture,
+) -> Iterator[Any]:
+    """A function that makes an engine on PyTorch: ``make_engine(positions=32, heads=..., token_budget=...)``."""
+
+    def make(
+        *,
+        heads: Heads = Heads(mlm=True, nsp=True, pooler=True),  # noqa: B008 - frozen
+        positions: int = architecture.max_position_embeddings,
+        **options: Any,
+    ) -> Engine:
+        sizes = BertArchitecture(**{**architecture.to_json(), "max_position_embeddings": positions})
+        backend = TorchBackend(reference_model, sizes, heads)
+        return Engine(backend=backend, tokenizer=tokenizer, architecture=sizes, heads=heads, **options)
+
+    return make
+
+
+@pytest.fixture
+def engine(make_engine: Any) -> Engine:
+    return make_engine()

@@ -1,0 +1,292 @@
+"""The engine folder: each violation has its own error, and a folder is written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bertrt.errors import (
+    EngineFolderError,
+    EngineNotFoundError,
+    ExportError,
+    HashMismatchError,
+    ManifestError,
+    MissingFileError,
+    UnsafePathError,
+    UnsupportedVersionError,
+)
+from bertrt.folder import MANIFEST_NAME, EngineFolder, record_files, sha256, write_file, write_folder
+from bertrt.manifest import FORMAT_VERSION, Manifest
+
+
+@pytest.fixture
+def folder(demo_engine: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of the demo engine that a test may spoil."""
+    return Path(shutil.copytree(demo_engine("int8"), tmp_path / "engine"))
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / MANIFEST_NAME
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    change(manifest)
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def test_opens_and_round_trips(folder: Path) -> None:
+    opened = EngineFolder.open(folder)
+    text = (folder / MANIFEST_NAME).read_text(encoding="utf-8")
+    assert opened.manifest.to_json() == text
+    assert Manifest.from_json(text) == opened.manifest
+    assert opened.size() == sum(
+        path.stat().st_size for path in folder.iterdir() if path.name != MANIFEST_NAME
+    )
+
+
+def test_no_folder_and_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(EngineNotFoundError, match="no engine folder.*bertrt export"):
+        EngineFolder.open(tmp_path / "absent")
+    with pytest.raises(EngineNotFoundError, match=r"no engine\.json.*bertrt export"):
+        EngineFolder.open(tmp_path)
+
+
+def test_missing_file(folder: Path) -> None:
+    (folder / "model.onnx_data").unlink()
+    with pytest.raises(MissingFileError, match="'model.onnx_data' is missing"):
+        EngineFolder.open(folder)
+
+
+def test_truncated_file_is_seen_without_hashing(folder: Path) -> None:
+    path = folder / "model.onnx_data"
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    with pytest.raises(HashMismatchError, match=f"{size - 1} bytes, the manifest says {size}"):
+        EngineFolder.open(folder, verify=False)
+
+
+def test_one_flipped_bit(folder: Path) -> None:
+    path = folder / "model.onnx_data"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    EngineFolder.open(folder, verify=False)
+    with pytest.raises(HashMismatchError, match="SHA-256"):
+        EngineFolder.open(folder)
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, "1", None, 1.5])
+def test_other_versions(folder: Path, version: object) -> None:
+    edit(folder, lambda manifest: manifest.update(format_version=version))
+    hint = "update bertrt" if version == FORMAT_VERSION + 1 else "export it again"
+    with pytest.raises(UnsupportedVersionError, match=hint):
+        EngineFolder.open(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../etc/passwd",
+        "/etc/passwd",
+        "a/../../b",
+        "..",
+        "./engine.onnx",
+        "a//b",
+        "a\\..\\b",
+        "C:/windows",
+        "a\0b",
+        "",
+    ],
+)
+@pytest.mark.parametrize("place", ["files", "backends"])
+def test_paths_that_leave_the_folder(folder: Path, name: str, place: str) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        if place == "files":
+            manifest["files"][name] = {"size": 1, "sha256": "0" * 64}
+        else:
+            manifest["backends"]["onnxruntime"]["graph"] = name
+
+    edit(folder, change)
+    with pytest.raises(UnsafePathError, match="must lie inside the engine folder"):
+        EngineFolder.open(folder)
+
+
+def test_a_link_that_leaves_the_folder(folder: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    shutil.move(folder / "engine.onnx", outside)
+    (folder / "engine.onnx").symlink_to(outside)
+    with pytest.raises(UnsafePathError, match="link that leaves"):
+        EngineFolder.open(folder)
+
+
+def test_a_link_to_the_whole_folder_is_fine(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(folder)
+    assert EngineFolder.open(tmp_path / "current").manifest.precision == "int8"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '"x"', "{}", '{"format": "other"}', "[" * 100_000],
+    ids=["empty", "cut", "list", "null", "string", "bare", "other", "deep"],
+)
+def test_what_is_not_a_manifest(folder: Path, text: str) -> None:
+    (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+    with pytest.raises(ManifestError):
+        EngineFolder.open(folder)
+
+
+def test_bytes_that_are_not_utf8(folder: Path) -> None:
+    (folder / MANIFEST_NAME).write_bytes(b"\xff\xfe")
+    with pytest.raises(ManifestError, match="UTF-8"):
+        EngineFolder.open(folder)
+
+
+def test_a_huge_manifest_is_not_read(folder: Path) -> None:
+    with (folder / MANIFEST_NAME).open("wb") as file:
+        file.truncate(5 << 20)
+    with pytest.raises(ManifestError, match="larger than"):
+        EngineFolder.open(folder)
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["source", "architecture", "precision", "dialect", "heads", "backends", "files", "graph", "versions"],
+)
+@pytest.mark.parametrize("value", [None, 3, "x", []])
+def test_fields_of_the_wrong_type(folder: Path, field: str, value: object) -> None:
+    edit(folder, lambda manifest: manifest.update({field: value}))
+    with pytest.raises(ManifestError, match=field):
+        EngineFolder.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_size", 0),
+        ("hidden_size", 255),
+        ("vocab_size", 1 << 40),
+        ("vocab_size", True),
+        ("vocab_size", "8"),
+    ],
+)
+def test_impossible_architectures(folder: Path, name: str, value: object) -> None:
+    edit(folder, lambda manifest: manifest["architecture"].update({name: value}))
+    with pytest.raises(ManifestError, match=name):
+        EngineFolder.open(folder)
+
+
+def test_a_backend_file_without_a_hash(folder: Path) -> None:
+    edit(folder, lambda manifest: manifest["backends"]["onnxruntime"].update(graph="other.onnx"))
+    with pytest.raises(ManifestError, match=r"'other\.onnx', which is not among 'files'"):
+        EngineFolder.open(folder)
+
+
+def test_every_error_is_one_of_ours() -> None:
+    for error in (ManifestError, MissingFileError, HashMismatchError, UnsafePathError, EngineNotFoundError):
+        assert issubclass(error, EngineFolderError)
+
+
+def test_write_folder_is_all_or_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "engine"
+    with pytest.raises(KeyboardInterrupt), write_folder(out) as folder:
+        (folder / "half").write_bytes(b"x")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with write_folder(out) as folder:
+        (folder / "whole").write_bytes(b"x")
+        assert not out.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+def test_write_folder_follows_the_umask(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; os.umask(0o027)\n"
+        "from pathlib import Path\n"
+        "from bertrt.folder import write_file, write_folder\n"
+        f"with write_folder(Path({str(tmp_path / 'engine')!r})) as folder: write_file(folder / 'a', b'x')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert stat.S_IMODE((tmp_path / "engine").stat().st_mode) == 0o750
+    assert stat.S_IMODE((tmp_path / "engine" / "a").stat().st_mode) == 0o640
+
+
+def test_write_folder_overwrites_engines_only(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="--overwrite"), write_folder(folder):
+        pass
+    with write_folder(folder, overwrite=True) as new:
+        (new / "new").write_bytes(b"x")
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+    with pytest.raises(ExportError, match="not an engine folder"), write_folder(folder, overwrite=True):
+        pass
+    assert (folder / "new").exists()
+
+
+def test_a_failed_overwrite_leaves_the_old_one(folder: Path, tmp_path: Path) -> None:
+    before = record_files(folder)
+    with pytest.raises(RuntimeError, match="boom"), write_folder(folder, overwrite=True) as new:
+        (new / "half").write_bytes(b"x")
+        raise RuntimeError("boom")
+    assert record_files(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+def test_write_folder_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for place in (tmp_path / "file" / "engine", Path("/proc/bertrt/engine")):
+        with pytest.raises(ExportError, match="cannot write"), write_folder(place):
+            pass
+
+
+def test_write_file_replaces_and_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    write_file(path, b"one")
+    write_file(path, b"two")
+    assert path.read_bytes() == b"two"
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_file(path, b"three")
+    assert path.read_bytes() == b"two"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_readers_see_the_old_or_the_new_manifest(folder: Path) -> None:
+    opened = EngineFolder.open(folder)
+    stop = threading.Event()
+    failures: list[Exception] = []
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                EngineFolder.open(folder, verify=False)
+            except Exception as error:
+                failures.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for count in range(50):
+        opened = opened.replace_manifest(opened.manifest.with_drift({"count": count}))
+    stop.set()
+    reader.join()
+    assert not failures
+    assert EngineFolder.open(folder).manifest.drift == {"count": 49}
+
+
+def test_sha256_is_that_of_hashlib(tmp_path: Path) -> None:
+    import hashlib
+
+    data = os.urandom((1 << 20) + 17)
+    (tmp_path / "a").write_bytes(data)
+    assert sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()

@@ -1,0 +1,397 @@
+"""What is no whole BERT is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from bertrt.errors import (
+    BertRTError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    InputError,
+    MissingTensorError,
+    NonFiniteWeightsError,
+    TensorShapeError,
+    TokenizerError,
+    UnexpectedTensorError,
+    UnsafePathError,
+    UnsupportedModelError,
+)
+from bertrt_export.checkpoints import open_checkpoint
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def folder(
+    small_bert: Callable[..., transformers.BertForPreTraining], save_checkpoint: Callable[..., Path]
+) -> Path:
+    return save_checkpoint(small_bert())
+
+
+def rewrite(folder: Path, change: Callable[[Tensors], Any]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def configure(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refusal(folder: Path, kind: type[BertRTError]) -> str:
+    with pytest.raises(kind) as caught, open_checkpoint(folder) as checkpoint:
+        for name in checkpoint.tensor_names:
+            checkpoint.tensor(name)
+    assert type(caught.value) is kind
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "roberta"}, "model_type='roberta'"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
+        ({"hidden_act": "silu"}, "hidden_act='silu'"),
+        ({"is_decoder": True}, "is_decoder"),
+        ({"hidden_size": 25}, "hidden_size 25 is not a multiple"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers must be a whole number"),
+    ],
+)
+def test_configurations_that_are_not_our_bert(changes: dict[str, Any], named: str, folder: Path) -> None:
+    configure(folder, **changes)
+    assert named in refusal(folder, UnsupportedModelError)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "nul", '{"vocab_size": ' + "9" * 5000 + "}", "[" * 50_000], ids=lambda text: text[:9]
+)
+def test_configuration_that_is_not_json(text: str, folder: Path) -> None:
+    (folder / "config.json").write_text(text)
+    assert "config.json" in refusal(folder, CorruptCheckpointError)
+
+
+def test_configuration_that_is_not_utf8_or_too_large(folder: Path) -> None:
+    (folder / "config.json").write_bytes(b'{"model_type": "b\xe9rt"}')
+    assert "not JSON" in refusal(folder, CorruptCheckpointError)
+    with (folder / "config.json").open("wb") as file:
+        file.truncate(1 << 34)
+    assert "larger than" in refusal(folder, CorruptCheckpointError)
+
+
+def test_tie_word_embeddings_of_another_type(folder: Path) -> None:
+    configure(folder, tie_word_embeddings="no")
+    assert "tie_word_embeddings must be true or false, got 'no'" in refusal(folder, CorruptCheckpointError)
+
+
+def test_wrong_shape_says_found_and_expected(folder: Path) -> None:
+    configure(folder, intermediate_size=48)
+    message = refusal(folder, TensorShapeError)
+    assert "'bert.encoder.layer.0.intermediate.dense" in message
+    assert "(40,)" in message or "(40, 24)" in message
+    assert "(48,)" in message or "(48, 24)" in message
+
+
+def test_transposed_tensor(folder: Path) -> None:
+    name = "bert.encoder.layer.1.output.dense.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].T.contiguous()}))
+    message = refusal(folder, TensorShapeError)
+    assert f"{name!r} has shape (40, 24)" in message
+    assert "(24, 40)" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float64, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_types_that_are_not_read(dtype: torch.dtype, folder: Path) -> None:
+    name = "cls.seq_relationship.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: torch.ones(2, 24).to(dtype)}))
+    message = refusal(folder, TensorShapeError)
+    assert f"{name!r} is stored as {str(dtype).removeprefix('torch.').removesuffix('fn')}" in message
+
+
+@pytest.mark.parametrize("name", ["embeddings.LayerNorm.bias", "encoder.layer.2.attention.self.key.weight"])
+def test_missing_tensor_of_the_encoder(name: str, folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.pop(f"bert.{name}"))
+    assert f": {name};" in refusal(folder, MissingTensorError)
+
+
+def test_configuration_with_more_layers_than_the_weights(folder: Path) -> None:
+    # A number of layers whose names would not fit in memory.
+    configure(folder, num_hidden_layers=16_000_000)
+    message = refusal(folder, MissingTensorError)
+    assert "encoder.layer.3.attention.self.query.weight" in message
+    assert "and more" in message
+
+
+def test_configuration_with_fewer_layers_than_the_weights(folder: Path) -> None:
+    configure(folder, num_hidden_layers=2)
+    message = refusal(folder, UnexpectedTensorError)
+    assert "16 tensors" in message
+    assert "bert.encoder.layer.2." in message
+    assert "and more" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("cls.predictions.bias", "masked-LM"),
+        ("cls.predictions.transform.LayerNorm.weight", "masked-LM"),
+        ("cls.seq_relationship.bias", "next-sentence"),
+        ("bert.pooler.dense.bias", "next-sentence"),
+    ],
+)
+def test_head_of_which_a_part_is_missing(name: str, reason: str, folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.pop(name))
+    message = refusal(folder, MissingTensorError)
+    assert name.removeprefix("bert.") in message
+    assert reason in message
+
+
+def test_pooler_of_which_a_part_is_missing(folder: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        for name in ("cls.seq_relationship.weight", "cls.seq_relationship.bias", "bert.pooler.dense.bias"):
+            del tensors[name]
+
+    rewrite(folder, change)
+    assert "the rest of the pooler is there: pooler.dense.bias" in refusal(folder, MissingTensorError)
+
+
+def test_untied_decoder_that_is_missing(folder: Path) -> None:
+    configure(folder, tie_word_embeddings=False)
+    assert "cls.predictions.decoder.weight" in refusal(folder, MissingTensorError)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "classifier.weight",
+        "qa_outputs.bias",
+        "embeddings.word_embeddings.weight",
+        "bert.cls.predictions.bias",
+        "bert.encoder.layer.01.output.dense.bias",
+        "bert.encoder.layer.0.attention.self.distance_embedding.weight",
+        "bert.encoder.layer.0.crossattention.self.query.weight",
+        "module.bert.pooler.dense.bias",
+    ],
+)
+def test_extra_tensor(name: str, folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({name: torch.ones(24)}))
+    message = refusal(folder, UnexpectedTensorError)
+    assert "1 tensors" in message
+    assert name in message
+
+
+def test_tensor_under_two_names(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({"bert.embeddings.LayerNorm.gamma": torch.ones(24)}))
+    message = refusal(folder, UnexpectedTensorError)
+    assert "'bert.embeddings.LayerNorm.gamma'" in message
+    assert "'bert.embeddings.LayerNorm.weight'" in message
+
+
+def test_two_biases_that_differ(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({"cls.predictions.decoder.bias": torch.ones(97)}))
+    assert "two different biases" in refusal(folder, UnexpectedTensorError)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite(value: float, dtype: torch.dtype, folder: Path) -> None:
+    name = "bert.encoder.layer.1.attention.self.value.weight"
+
+    def change(tensors: Tensors) -> None:
+        tensors[name] = tensors[name].to(dtype)
+        tensors[name][3, 5:8] = value
+
+    rewrite(folder, change)
+    message = refusal(folder, NonFiniteWeightsError)
+    assert f"{name!r} of the checkpoint {folder.name!r} has 3 of 576 weights NaN or infinite" in message
+
+
+def test_materialize_of_weights_that_are_not_finite_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    rewrite(folder, lambda tensors: tensors["bert.pooler.dense.bias"].fill_(torch.nan))
+    out = tmp_path / "out"
+    with open_checkpoint(folder) as checkpoint:
+        with pytest.raises(NonFiniteWeightsError):
+            checkpoint.materialize(out)
+        assert not out.exists()
+        out.mkdir()
+        with pytest.raises(NonFiniteWeightsError):
+            checkpoint.materialize(out)
+        assert list(out.iterdir()) == []
+
+
+def test_truncated_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert str(path) in refusal(folder, CorruptCheckpointError)
+
+
+@pytest.fixture
+def sharded(
+    small_bert: Callable[..., transformers.BertForPreTraining], save_checkpoint: Callable[..., Path]
+) -> Path:
+    return save_checkpoint(small_bert(), max_shard_size="30KB")
+
+
+def reindex(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "a/../../b", "..", "", "a\\b", "c:d", "nul\0"]
+)
+def test_index_that_names_a_file_outside(name: str, sharded: Path) -> None:
+    (sharded.parent / "outside.safetensors").write_bytes(b"")
+    reindex(sharded, lambda index: index.update({"cls.predictions.bias": name}))
+    message = refusal(sharded, UnsafePathError)
+    assert repr(name) in message
+    assert "model.safetensors.index.json" in message
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_broken_index(text: str, sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").write_text(text)
+    assert "model.safetensors.index.json" in refusal(sharded, CorruptCheckpointError)
+
+
+def test_index_with_a_file_that_is_missing(sharded: Path) -> None:
+    path = sorted(sharded.glob("model-*"))[1]
+    path.unlink()
+    message = refusal(sharded, CorruptCheckpointError)
+    assert f"{path.name!r}, which is not there" in message
+
+
+def test_index_that_does_not_fit_its_files(sharded: Path) -> None:
+    first = min(path.name for path in sharded.glob("model-*"))
+    reindex(sharded, lambda index: index.update({"cls.predictions.bias": first}))
+    assert "'cls.predictions.bias' among them" in refusal(sharded, CorruptCheckpointError)
+
+
+def test_two_files_with_the_same_tensor(sharded: Path) -> None:
+    first, second, *_ = sorted(sharded.glob("model-*"))
+    save_file({**load_file(second), **load_file(first)}, second)
+    assert "another file of the index does too" in refusal(sharded, CorruptCheckpointError)
+
+
+@pytest.fixture
+def pickled(folder: Path) -> Path:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def test_pytorch_file_without_pytorch(pickled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    message = refusal(pickled, CheckpointError)
+    assert "pip install 'bertrt[torch]'" in message
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
+def test_truncated_pytorch_file(keep: float, pickled: Path) -> None:
+    path = pickled / "pytorch_model.bin"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+    assert str(path) in refusal(pickled, CorruptCheckpointError)
+
+
+class Malicious:
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.target,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pytorch_file_cannot_run_code(zipped: bool, pickled: Path, tmp_path: Path) -> None:
+    target = tmp_path / "made by the checkpoint"
+    torch.save(
+        {"a": Malicious(str(target))}, pickled / "pytorch_model.bin", _use_new_zipfile_serialization=zipped
+    )
+    assert "weights_only=True" in refusal(pickled, CorruptCheckpointError)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("value", [[torch.ones(2)], {"state_dict": {"a": torch.ones(2)}}, {3: torch.ones(2)}])
+def test_pytorch_file_of_something_else(value: Any, pickled: Path) -> None:
+    torch.save(value, pickled / "pytorch_model.bin")
+    assert "does not hold a dictionary of tensors" in refusal(pickled, CorruptCheckpointError)
+
+
+def test_pytorch_tensor_that_is_sparse(pickled: Path) -> None:
+    path = pickled / "pytorch_model.bin"
+    tensors = torch.load(path, weights_only=True)
+    tensors["cls.seq_relationship.weight"] = torch.eye(2, 24).to_sparse()
+    torch.save(tensors, path)
+    assert "stored as sparse_coo" in refusal(pickled, TensorShapeError)
+
+
+def test_tokenizer_with_more_tokens_than_embeddings(folder: Path) -> None:
+    with (folder / "vocab.txt").open("a") as file:
+        file.write("extra\n")
+    assert "98 tokens, the model has embeddings for 97" in refusal(folder, TokenizerError)
+
+
+def test_folder_without_tokenizer(folder: Path) -> None:
+    (folder / "vocab.txt").unlink()
+    refusal(folder, TokenizerError)
+
+
+def test_folder_without_configuration(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    assert "no config.json" in refusal(folder, CheckpointNotFoundError)
+
+
+def test_folder_without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert "model.safetensors, " in refusal(folder, CheckpointNotFoundError)
+    (folder / "engine.json").write_text("{}")
+    assert "it is an engine folder" in refusal(folder, CheckpointNotFoundError)
+
+
+@pytest.mark.parametrize("name", ["./none", "../none", "/none", "~/none", "a/b/c", "", " ", "a b", "none/", "a\0b", "-x"])
+def test_names_that_are_never_looked_for_on_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointNotFoundError, match="no checkpoint folder"):
+        open_checkpoint(name)
+
+
+def test_path_object_is_never_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointNotFoundError, match="no checkpoint folder 'bert-base-cased'"):
+        open_checkpoint(Path("bert-base-cased"))
+
+
+def test_file_instead_of_a_folder(folder: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="is a file"):
+        open_checkpoint(folder / "model.safetensors")
+
+
+def test_name_that_no_file_system_takes() -> None:
+    with pytest.raises(CheckpointNotFoundError, match="File name too long"):
+        open_checkpoint("x" * 5000)
+
+
+def test_revision_of_what_is_not_on_the_hub(folder: Path) -> None:
+    for source in (str(folder), "demo"):
+        with pytest.raises(InputError, match="no revision 'main'"):
+            open_checkpoint(source, revision="main")

@@ -1,0 +1,1 @@
+"""Programs for the maintainers; no part of what is installed."""
