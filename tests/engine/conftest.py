@@ -28,7 +28,7 @@ class TorchBackend:
     """
 
     name = "torch"
-    threads = 2
+    threads = 1
 
     def __init__(
         self, model: transformers.BertForPreTraining, architecture: BertArchitecture, heads: Heads
@@ -92,7 +92,7 @@ def prose(demo_checkpoint: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def reference_model(demo_checkpoint: Path) -> transformers.BertForPreTraining:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # the model is small, and eight threads will use it at once
     return transformers.BertForPreTraining.from_pretrained(demo_checkpoint, dtype=torch.float32).eval()
 
 

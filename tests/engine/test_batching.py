@@ -69,7 +69,8 @@ def test_nothing_gives_no_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"token_budget": 0}, {"token_budget": 1, "max_sequences": 0}, {"token_budget": 1, "max_positions": 0}]
+    "options",
+    [{"token_budget": 0}, {"token_budget": 1, "max_sequences": 0}, {"token_budget": 1, "max_positions": 0}],
 )
 def test_limits_are_checked(options: dict[str, int]) -> None:
     with pytest.raises(InputError, match=r"must be at least 1, got 0"):

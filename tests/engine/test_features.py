@@ -14,7 +14,13 @@ from bertrt.errors import EmptyTextError, InputError, SequenceTooLongError
 # products in another order move it by some tens of roundings of 2^-24 in each of the four layers.
 TOLERANCE = 2e-5
 
-TEXTS = ["Hello, world.", "a", "The Time Traveller smiled . " * 20, "漢字 \U0001f600 naïve", "a [MASK] [SEP] [PAD] b"]
+TEXTS = [
+    "Hello, world.",
+    "a",
+    "The Time Traveller smiled . " * 20,
+    "漢字 \U0001f600 naïve",
+    "a [MASK] [SEP] [PAD] b",
+]
 POOLINGS = ["none", "cls", "mean", "pooler"]
 
 
@@ -63,7 +69,7 @@ def test_the_default_is_every_token(engine: Engine) -> None:
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_a_text_alone_and_among_others(make_engine: Any, prose: list[str], pooling: str) -> None:
     engine = make_engine(token_budget=1024)
-    texts = prose[:30]
+    texts = prose[:16]
     for text, array in zip(texts, engine.features(texts, pooling=pooling), strict=True):
         np.testing.assert_allclose(array, engine.features(text, pooling=pooling), atol=TOLERANCE, rtol=0)
 
@@ -88,7 +94,9 @@ def test_truncation(engine: Engine, reference: Any, prose: list[str]) -> None:
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_a_text_that_fits_is_the_same_under_every_policy(engine: Engine, pooling: str) -> None:
-    answers = [engine.features(TEXTS[2], pooling=pooling, overflow=o) for o in ("error", "truncate", "window")]
+    answers = [
+        engine.features(TEXTS[2], pooling=pooling, overflow=o) for o in ("error", "truncate", "window")
+    ]
     np.testing.assert_array_equal(answers[0], answers[1])
     np.testing.assert_array_equal(answers[0], answers[2])
 
@@ -113,18 +121,19 @@ def windowed_reference(reference: Any, words: list[str], size: int, overlap: int
         "none": np.array(rows),
         "mean": np.array(rows).mean(axis=0),
         **{
-            pooling: sum(n * output[pooling].astype(np.float64) for n, (_, output) in zip(lengths, windows, strict=True))
+            pooling: sum(
+                n * output[pooling].astype(np.float64)
+                for n, (_, output) in zip(lengths, windows, strict=True)
+            )
             / lengths.sum()
             for pooling in ("cls", "pooler")
         },
     }
 
 
-@pytest.mark.parametrize("count", [29, 30, 31, 61, 100])
+@pytest.mark.parametrize("count", [29, 30, 31, 75])
 @pytest.mark.parametrize("stride", [None, 0, 10, 29])
-def test_windows(
-    make_engine: Any, reference: Any, prose: list[str], count: int, stride: int | None
-) -> None:
+def test_windows(make_engine: Any, reference: Any, prose: list[str], count: int, stride: int | None) -> None:
     engine = make_engine(positions=32)
     words = [
         word

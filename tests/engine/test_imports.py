@@ -92,7 +92,9 @@ def test_sources_of_the_runtime(path: Path) -> None:
     assert names - allowed == set()
 
 
-@pytest.mark.parametrize("path", sources("export/bertrt_export"), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sources("export/bertrt_export"), ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_sources_of_the_exporter(path: Path) -> None:
     """It does not know the benchmarks, and needs PyTorch only where a function does."""
     found = set(imports(ast.parse(path.read_text(encoding="utf-8"))))

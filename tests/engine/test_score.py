@@ -29,7 +29,9 @@ def reference(reference_model: Any, reference_tokenizer: Any) -> Any:
     def run(text: str, **options: Any) -> tuple[float, int]:
         inputs = reference_tokenizer(text, return_tensors="pt", **options)
         ids = inputs["input_ids"][0]
-        special = {reference_tokenizer.convert_tokens_to_ids(t) for t in ("[CLS]", "[SEP]", "[PAD]", "[MASK]")}
+        special = {
+            reference_tokenizer.convert_tokens_to_ids(t) for t in ("[CLS]", "[SEP]", "[PAD]", "[MASK]")
+        }
         total, tokens = 0.0, 0
         for position, token in enumerate(ids.tolist()):
             if token not in special:
@@ -105,7 +107,9 @@ def test_what_cannot_be_scored(engine: Engine) -> None:
 
 def test_truncation(make_engine: Any) -> None:
     engine = make_engine(positions=12)
-    assert engine.score("a b c d e f g h i j k l m n", overflow="truncate") == engine.score("a b c d e f g h i j")
+    assert engine.score("a b c d e f g h i j k l m n", overflow="truncate") == engine.score(
+        "a b c d e f g h i j"
+    )
 
 
 def test_an_impossible_token_makes_the_perplexity_infinite(tokenizer: Any, architecture: Any) -> None:
@@ -113,7 +117,9 @@ def test_an_impossible_token_makes_the_perplexity_infinite(tokenizer: Any, archi
         name, threads = "stub", 1
 
         def run(self, batch: Any, wanted: Any) -> BatchOutput:
-            return BatchOutput(mlm_candidate_log_probs=np.full(wanted.mlm_candidates.shape, -2000, np.float32))
+            return BatchOutput(
+                mlm_candidate_log_probs=np.full(wanted.mlm_candidates.shape, -2000, np.float32)
+            )
 
         def close(self) -> None:
             pass

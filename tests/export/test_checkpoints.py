@@ -28,7 +28,15 @@ CLASSES = {
     "BertForNextSentencePrediction": Heads(mlm=False, nsp=True, pooler=True),
     "BertModel": Heads(mlm=False, nsp=False, pooler=True),
 }
-VOCAB = ["[PAD]", "[MASK]", "[UNK]", "[SEP]", "[CLS]", *string.ascii_letters, *(f"##{c}" for c in string.ascii_letters)]
+VOCAB = [
+    "[PAD]",
+    "[MASK]",
+    "[UNK]",
+    "[SEP]",
+    "[CLS]",
+    *string.ascii_letters,
+    *(f"##{c}" for c in string.ascii_letters),
+]
 Tensors = dict[str, torch.Tensor]
 
 
@@ -156,7 +164,9 @@ def test_safetensors_are_preferred_to_pytorch_files(tmp_path: Path) -> None:
 
 def old_names(tensors: Tensors) -> Tensors:
     return {
-        re.sub("LayerNorm.bias$", "LayerNorm.beta", re.sub("LayerNorm.weight$", "LayerNorm.gamma", name)): value
+        re.sub(
+            "LayerNorm.bias$", "LayerNorm.beta", re.sub("LayerNorm.weight$", "LayerNorm.gamma", name)
+        ): value
         for name, value in tensors.items()
     }
 
@@ -206,8 +216,12 @@ def test_layouts(layout: Callable[[Tensors], Tensors], tmp_path: Path) -> None:
         assert checkpoint.folder == (folder if LAYOUTS[layout] else None)
 
 
-@pytest.mark.parametrize("layout", [layout for layout, plain in LAYOUTS.items() if plain], ids=lambda f: f.__name__)
-def test_transformers_reads_the_plain_layouts_alike(layout: Callable[[Tensors], Tensors], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "layout", [layout for layout, plain in LAYOUTS.items() if plain], ids=lambda f: f.__name__
+)
+def test_transformers_reads_the_plain_layouts_alike(
+    layout: Callable[[Tensors], Tensors], tmp_path: Path
+) -> None:
     folder = save(build(), tmp_path / "tiny")
     rewrite(folder, layout)
     loaded = transformers.BertForPreTraining.from_pretrained(folder)
@@ -327,7 +341,9 @@ def test_materialize_fills_an_empty_folder_and_no_other(tmp_path: Path) -> None:
             checkpoint.materialize(out / "config.json" / "below")
 
 
-def test_materialize_leaves_nothing_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_materialize_leaves_nothing_when_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_args: object, **_options: object) -> int:
         raise OSError(28, "No space left on device")
 

@@ -155,7 +155,12 @@ def test_download_offline_use_and_refusals(
     torch_only = save_checkpoint(model, safe_serialization=False)
     no_weights = save_checkpoint(model)
     (no_weights / "model.safetensors").unlink()
-    hub.models = {"plain": plain, "owner/sharded": sharded, "owner/torch": torch_only, "owner/none": no_weights}
+    hub.models = {
+        "plain": plain,
+        "owner/sharded": sharded,
+        "owner/torch": torch_only,
+        "owner/none": no_weights,
+    }
 
     cache = tmp_path / "cache"
     found = ask(
@@ -178,7 +183,13 @@ def test_download_offline_use_and_refusals(
         ["hub", "owner/sharded", COMMIT, total],
         ["hub", "owner/torch", COMMIT, total],
     ]
-    needed = {"config.json", "vocab.txt", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"}
+    needed = {
+        "config.json",
+        "vocab.txt",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+    }
     shards = {path.name for path in sharded.glob("model-*")}
     assert hub.fetched == needed | shards
     assert [answer[0] for answer in found[3:]] == ["CheckpointNotFoundError", *["DownloadError"] * 4]

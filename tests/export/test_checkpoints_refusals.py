@@ -79,7 +79,9 @@ def test_configurations_that_are_not_our_bert(changes: dict[str, Any], named: st
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "nul", '{"vocab_size": ' + "9" * 5000 + "}", "[" * 50_000], ids=lambda text: text[:9]
+    "text",
+    ["", "{", "[]", "nul", '{"vocab_size": ' + "9" * 5000 + "}", "[" * 50_000],
+    ids=lambda text: text[:9],
 )
 def test_configuration_that_is_not_json(text: str, folder: Path) -> None:
     (folder / "config.json").write_text(text)
@@ -115,7 +117,9 @@ def test_transposed_tensor(folder: Path) -> None:
     assert "(24, 40)" in message
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float64, torch.bool, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.int64, torch.float64, torch.bool, torch.float8_e4m3fn], ids=str
+)
 def test_types_that_are_not_read(dtype: torch.dtype, folder: Path) -> None:
     name = "cls.seq_relationship.weight"
     rewrite(folder, lambda tensors: tensors.update({name: torch.ones(2, 24).to(dtype)}))
@@ -265,7 +269,9 @@ def test_index_that_names_a_file_outside(name: str, sharded: Path) -> None:
     assert "model.safetensors.index.json" in message
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": {"a": 1}}']
+)
 def test_broken_index(text: str, sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").write_text(text)
     assert "model.safetensors.index.json" in refusal(sharded, CorruptCheckpointError)
@@ -366,7 +372,9 @@ def test_folder_without_weights(folder: Path) -> None:
     assert "it is an engine folder" in refusal(folder, CheckpointNotFoundError)
 
 
-@pytest.mark.parametrize("name", ["./none", "../none", "/none", "~/none", "a/b/c", "", " ", "a b", "none/", "a\0b", "-x"])
+@pytest.mark.parametrize(
+    "name", ["./none", "../none", "/none", "~/none", "a/b/c", "", " ", "a b", "none/", "a\0b", "-x"]
+)
 def test_names_that_are_never_looked_for_on_the_hub(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from bertrt.backends.base import BatchOutput, Float32, Int64, TokenBatch, Wanted, check_request
+from bertrt.backends.base import BatchOutput, Int64, TokenBatch, Wanted, check_request
 from bertrt.errors import BackendRunError, EngineClosedError, ManifestError, ShapeMismatchError
 from bertrt.folder import EngineFolder
 from bertrt.machine import describe, usable_cpus
@@ -248,11 +248,8 @@ def _allocate(batch: TokenBatch, wanted: Wanted, hidden: int, vocab: int) -> dic
         "pooled": (batch.num_sequences, hidden),
         "nsp_logits": (batch.num_sequences, 2),
     }
-    arrays: dict[str, Float32 | Int64] = {
-        name: np.empty(shapes[name], np.int64 if name == "mlm_top_ids" else np.float32)
-        for name in _output_names(wanted)
-    }
-    return arrays
+    types: dict[str, type[np.generic]] = {"mlm_top_ids": np.int64}
+    return {name: np.empty(shapes[name], types.get(name, np.float32)) for name in _output_names(wanted)}
 
 
 def _first_line(error: Exception) -> str:

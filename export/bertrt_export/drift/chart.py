@@ -41,7 +41,8 @@ def layer_chart(layers: Sequence[LayerDrift], limit: float | None) -> str:
         over = limit is not None and layer.snr_db < limit
         parts.append(
             f'<rect class="{"over" if over else "fill"}" x="{x + slot * 0.18:.1f}" y="{y:.1f}" '
-            f'width="{slot * 0.64:.1f}" height="{_TOP + height - y:.1f}" rx="2"><title>{html.escape(words)}</title></rect>'
+            f'width="{slot * 0.64:.1f}" height="{_TOP + height - y:.1f}" rx="2">'
+            f"<title>{html.escape(words)}</title></rect>"
         )
         middle = x + slot / 2
         if len(layers) <= _MOST_LABELS:

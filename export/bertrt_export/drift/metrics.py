@@ -34,9 +34,9 @@ def log_softmax(logits: npt.NDArray[np.floating]) -> Float64:
 
 def kl_divergence(reference: Float64, engine: Float64) -> Float64:
     """``KL(reference || engine)`` in nats of log-probabilities ``[..., n]``, over the last axis."""
-    divergence = (np.exp(reference) * (reference - engine)).sum(axis=-1)
+    divergence: Float64 = (np.exp(reference) * (reference - engine)).sum(axis=-1)
     # It is never negative (Gibbs' inequality); rounding may say otherwise.
-    return np.maximum(divergence, 0.0)
+    return divergence.clip(0.0)
 
 
 def total_variation(first: Float64, second: Float64) -> float:

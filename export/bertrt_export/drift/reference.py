@@ -170,10 +170,12 @@ def _load(folder: Path, heads: Heads) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence what transformers reports while it loads; a missing head is no news here."""
+    import logging as levels
+
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(levels.ERROR)
     _show_bars(logging, False)
     try:
         yield

@@ -39,7 +39,7 @@ class LayerProbe:
             raise EngineFolderError(
                 f"the engine's graph has no {missing[0]!r}; export the engine again with this version"
             )
-        shape = ["batch", "sequence", folder.manifest.architecture.hidden_size]
+        shape: list[int | str] = ["batch", "sequence", folder.manifest.architecture.hidden_size]
         for name in self._names:
             graph.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
         options = session_options(folder.manifest, threads or usable_cpus())
