@@ -22,9 +22,10 @@ from bertrt_bench.contestants import Answer
 
 # fp32: sums in another order differ by some 1e-6 in each layer. fp16: a rounding is 2**-11; some ten of them
 # in each of 24 layers add up to about 0.01 as random errors do. int8: a step of 1/127 of the largest
-# activation, which is ten to twenty times the usual one, is an error of a few per cent in each product, and
-# 0.1 to 0.2 at the end; an answer to another question is above 0.5.
-TOLERANCES: Final[Mapping[Precision, float]] = {"fp32": 1e-3, "fp16": 3e-2, "int8": 0.4}
+# activation, which is ten to twenty times the usual one, is an error of a few per cent in each product; 0.05
+# at the end of the demo model, several times that in models with outlying activations. An answer to another
+# question is above 1.
+TOLERANCES: Final[Mapping[Precision, float]] = {"fp32": 1e-3, "fp16": 3e-2, "int8": 0.3}
 
 MEASURES: Final[Mapping[Task, str]] = {
     "features": "error of the hidden states, relative to their deviation from the mean token",

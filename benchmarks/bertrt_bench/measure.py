@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from bertrt import machine
@@ -64,15 +64,7 @@ def measure(
         for case in cases:
             checks[case] = {check.rival: check.agreement for check in arena.check(case)}
             on_step()
-        times: dict[tuple[Case, str], list[list[int]]] = {}
-        for number in range(options.round_count):
-            runs, seconds = options.runs_of_round(number)
-            warmup = options.warmup if number == 0 else min(1, options.warmup)
-            for case in cases:
-                for contestant in arena.contestants:
-                    turn = arena.turn(contestant, case, warmup=warmup, runs=runs, seconds=seconds)
-                    times.setdefault((case, contestant.kind.name), []).append(turn.nanoseconds)
-                    on_step()
+        times = take_turns(arena, cases, options, on_step=on_step)
         records = [ContestantRecord.of(contestant, options.thread_count) for contestant in arena.contestants]
     results = []
     for case in cases:
@@ -94,6 +86,32 @@ def measure(
         contestants=records,
         results=results,
     )
+
+
+def take_turns(
+    arena: Arena, cases: Sequence[Case], options: BenchOptions, *, on_step: Callable[[], None] = lambda: None
+) -> dict[tuple[Case, str], list[list[int]]]:
+    """Let the contestants run the cases in turns: in each round, for each case, one contestant after the other.
+
+    Args:
+        arena: the contestants.
+        cases: some of the arena's.
+        options: how many rounds, and how long a turn is.
+        on_step: called after each turn.
+
+    Returns:
+        By case and contestant's name: for each round the nanoseconds of each timed run.
+    """
+    times: dict[tuple[Case, str], list[list[int]]] = {}
+    for number in range(options.round_count):
+        runs, seconds = options.runs_of_round(number)
+        warmup = options.warmup if number == 0 else min(1, options.warmup)
+        for case in cases:
+            for contestant in arena.contestants:
+                turn = arena.turn(contestant, case, warmup=warmup, runs=runs, seconds=seconds)
+                times.setdefault((case, contestant.kind.name), []).append(turn.nanoseconds)
+                on_step()
+    return times
 
 
 def count_steps(options: BenchOptions) -> int:

@@ -59,8 +59,8 @@ def come_to_rest() -> None:
     """Wait until the threads of this process are idle.
 
     Thread pools spin for a while when their work is done (those of ONNX Runtime and OpenMP for tens of
-    milliseconds, Intel's OpenMP for 200), which would take processors from the contestant whose turn comes next.
-    A pool that never rests is waited for no longer than `_LONGEST_REST`; its idle time shows it.
+    milliseconds, Intel's OpenMP for 200), which would take processors from the contestant whose turn comes
+    next. A pool that never rests is waited for no longer than `_LONGEST_REST`; its idle time shows it.
     """
     end = time.monotonic() + _LONGEST_REST
     while time.monotonic() < end:

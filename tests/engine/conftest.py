@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import bertrt_export
 import numpy as np
 import pytest
 import torch
 import transformers
+
+import bertrt_export
 from bertrt.architecture import BertArchitecture
 from bertrt.backends.base import BatchOutput, TokenBatch, Wanted, check_request
 from bertrt.engine import Engine

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from bertrt.batching import offsets_of, pack, plan_batches
 from bertrt.errors import InputError
 from bertrt.tokenization import Encoded
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def cost(indices: Any, lengths: list[int]) -> int:

@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from bertrt import __version__
 from bertrt.builtin import resolve
 from bertrt.engine import Engine
@@ -106,7 +108,16 @@ def visible(cache: Path) -> list[str]:
 @pytest.fixture
 def processes() -> Iterator[list[subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
+
+    def kill() -> None:
+        for process in started:
+            process.kill()
+
+    # A process that waits for ever is a failed assertion, not a test run that hangs.
+    watchdog = threading.Timer(120, kill)
+    watchdog.start()
     yield started
+    watchdog.cancel()
     for process in started:
         process.kill()
         process.communicate()

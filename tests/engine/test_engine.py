@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bertrt.backends.registry
 import numpy as np
 import pytest
+
+import bertrt.backends.registry
 from bertrt.backends.base import BatchOutput
 from bertrt.engine import Engine
 from bertrt.errors import (

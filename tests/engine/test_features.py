@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from bertrt.engine import Engine
 from bertrt.errors import EmptyTextError, InputError, SequenceTooLongError
 

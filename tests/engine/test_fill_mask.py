@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+
 from bertrt.architecture import BertArchitecture
 from bertrt.backends.base import BatchOutput
 from bertrt.engine import Engine
@@ -257,7 +258,7 @@ def test_ids_beyond_the_tokenizer_have_no_text(
     class PaddedVocabulary:
         name, threads = "stub", 1
 
-        def run(self, batch: Any, wanted: Any) -> BatchOutput:
+        def run(self, *_: Any) -> BatchOutput:
             return BatchOutput(
                 mlm_top_ids=np.array([[8195, 20]]),
                 mlm_top_log_probs=np.log(np.array([[0.5, 0.25]], np.float32)),

@@ -10,8 +10,9 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-import bertrt
 import pytest
+
+import bertrt
 
 ROOT = Path(__file__).parents[2]
 ABOVE_THE_RUNTIME = {

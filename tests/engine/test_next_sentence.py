@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
+
 from bertrt.backends.base import BatchOutput
 from bertrt.engine import Engine
 from bertrt.errors import EmptyTextError, InputError, SequenceTooLongError
@@ -32,7 +34,7 @@ def reference(demo_checkpoint: Any, reference_tokenizer: Any) -> Any:
 
 def pairs(prose: list[str]) -> tuple[list[str], list[str]]:
     short = [line[:400] for line in prose]
-    following = list(zip(short[:12], short[1:13], strict=True))
+    following = pairwise(short[:13])
     elsewhere = [(short[i], short[-i - 1]) for i in range(6)]
     a, b = zip(*following, *elsewhere, strict=True)
     return list(a), list(b)
@@ -74,7 +76,8 @@ def test_only_the_next_sentence_head_is_asked_for(engine: Engine) -> None:
     [(_, wanted)] = engine.backend.requests
     assert wanted.nsp
     assert wanted.mlm_positions is None
-    assert not (wanted.hidden_states or wanted.pooled)
+    assert not wanted.hidden_states
+    assert not wanted.pooled
 
 
 def test_no_pairs(engine: Engine) -> None:
@@ -100,7 +103,7 @@ def test_extreme_logits_do_not_overflow(tokenizer: Any, architecture: Any) -> No
     class Extreme:
         name, threads = "stub", 1
 
-        def run(self, batch: Any, wanted: Any) -> BatchOutput:
+        def run(self, *_: Any) -> BatchOutput:
             return BatchOutput(nsp_logits=logits)
 
         def close(self) -> None:

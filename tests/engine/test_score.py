@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from bertrt.backends.base import BatchOutput
 from bertrt.engine import Engine
 from bertrt.errors import EmptyTextError, InputError, SequenceTooLongError
@@ -116,7 +117,7 @@ def test_an_impossible_token_makes_the_perplexity_infinite(tokenizer: Any, archi
     class Impossible:
         name, threads = "stub", 1
 
-        def run(self, batch: Any, wanted: Any) -> BatchOutput:
+        def run(self, _: Any, wanted: Any) -> BatchOutput:
             return BatchOutput(
                 mlm_candidate_log_probs=np.full(wanted.mlm_candidates.shape, -2000, np.float32)
             )

@@ -134,6 +134,8 @@ def ask(endpoint: str, cache: Path, questions: list[tuple[str, str | None]], **e
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+    # Progress is for terminals.
+    assert done.stderr == ""
     answers = json.loads(done.stdout.splitlines()[-1])
     assert isinstance(answers, list)
     return answers

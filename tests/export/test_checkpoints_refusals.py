@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from bertrt.errors import (
     BertRTError,
-    CheckpointError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
     InputError,
@@ -25,7 +22,6 @@ from bertrt.errors import (
     TensorShapeError,
     TokenizerError,
     UnexpectedTensorError,
-    UnsafePathError,
     UnsupportedModelError,
 )
 from bertrt_export.checkpoints import open_checkpoint
@@ -144,7 +140,7 @@ def test_configuration_with_more_layers_than_the_weights(folder: Path) -> None:
 def test_configuration_with_fewer_layers_than_the_weights(folder: Path) -> None:
     configure(folder, num_hidden_layers=2)
     message = refusal(folder, UnexpectedTensorError)
-    assert "16 tensors" in message
+    assert "(16)" in message
     assert "bert.encoder.layer.2." in message
     assert "and more" in message
 
@@ -195,7 +191,7 @@ def test_untied_decoder_that_is_missing(folder: Path) -> None:
 def test_extra_tensor(name: str, folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({name: torch.ones(24)}))
     message = refusal(folder, UnexpectedTensorError)
-    assert "1 tensors" in message
+    assert "(1)" in message
     assert name in message
 
 
@@ -236,117 +232,6 @@ def test_materialize_of_weights_that_are_not_finite_leaves_nothing(folder: Path,
         with pytest.raises(NonFiniteWeightsError):
             checkpoint.materialize(out)
         assert list(out.iterdir()) == []
-
-
-def test_truncated_weights(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    assert str(path) in refusal(folder, CorruptCheckpointError)
-
-
-@pytest.fixture
-def sharded(
-    small_bert: Callable[..., transformers.BertForPreTraining], save_checkpoint: Callable[..., Path]
-) -> Path:
-    return save_checkpoint(small_bert(), max_shard_size="30KB")
-
-
-def reindex(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    change(index["weight_map"])
-    path.write_text(json.dumps(index))
-
-
-@pytest.mark.parametrize(
-    "name", ["../outside.safetensors", "/etc/passwd", "a/../../b", "..", "", "a\\b", "c:d", "nul\0"]
-)
-def test_index_that_names_a_file_outside(name: str, sharded: Path) -> None:
-    (sharded.parent / "outside.safetensors").write_bytes(b"")
-    reindex(sharded, lambda index: index.update({"cls.predictions.bias": name}))
-    message = refusal(sharded, UnsafePathError)
-    assert repr(name) in message
-    assert "model.safetensors.index.json" in message
-
-
-@pytest.mark.parametrize(
-    "text", ["{", "{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": {"a": 1}}']
-)
-def test_broken_index(text: str, sharded: Path) -> None:
-    (sharded / "model.safetensors.index.json").write_text(text)
-    assert "model.safetensors.index.json" in refusal(sharded, CorruptCheckpointError)
-
-
-def test_index_with_a_file_that_is_missing(sharded: Path) -> None:
-    path = sorted(sharded.glob("model-*"))[1]
-    path.unlink()
-    message = refusal(sharded, CorruptCheckpointError)
-    assert f"{path.name!r}, which is not there" in message
-
-
-def test_index_that_does_not_fit_its_files(sharded: Path) -> None:
-    first = min(path.name for path in sharded.glob("model-*"))
-    reindex(sharded, lambda index: index.update({"cls.predictions.bias": first}))
-    assert "'cls.predictions.bias' among them" in refusal(sharded, CorruptCheckpointError)
-
-
-def test_two_files_with_the_same_tensor(sharded: Path) -> None:
-    first, second, *_ = sorted(sharded.glob("model-*"))
-    save_file({**load_file(second), **load_file(first)}, second)
-    assert "another file of the index does too" in refusal(sharded, CorruptCheckpointError)
-
-
-@pytest.fixture
-def pickled(folder: Path) -> Path:
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    return folder
-
-
-def test_pytorch_file_without_pytorch(pickled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)
-    message = refusal(pickled, CheckpointError)
-    assert "pip install 'bertrt[torch]'" in message
-
-
-@pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
-def test_truncated_pytorch_file(keep: float, pickled: Path) -> None:
-    path = pickled / "pytorch_model.bin"
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * keep)])
-    assert str(path) in refusal(pickled, CorruptCheckpointError)
-
-
-class Malicious:
-    def __init__(self, target: str) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (self.target,)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_pytorch_file_cannot_run_code(zipped: bool, pickled: Path, tmp_path: Path) -> None:
-    target = tmp_path / "made by the checkpoint"
-    torch.save(
-        {"a": Malicious(str(target))}, pickled / "pytorch_model.bin", _use_new_zipfile_serialization=zipped
-    )
-    assert "weights_only=True" in refusal(pickled, CorruptCheckpointError)
-    assert not target.exists()
-
-
-@pytest.mark.parametrize("value", [[torch.ones(2)], {"state_dict": {"a": torch.ones(2)}}, {3: torch.ones(2)}])
-def test_pytorch_file_of_something_else(value: Any, pickled: Path) -> None:
-    torch.save(value, pickled / "pytorch_model.bin")
-    assert "does not hold a dictionary of tensors" in refusal(pickled, CorruptCheckpointError)
-
-
-def test_pytorch_tensor_that_is_sparse(pickled: Path) -> None:
-    path = pickled / "pytorch_model.bin"
-    tensors = torch.load(path, weights_only=True)
-    tensors["cls.seq_relationship.weight"] = torch.eye(2, 24).to_sparse()
-    torch.save(tensors, path)
-    assert "stored as sparse_coo" in refusal(pickled, TensorShapeError)
 
 
 def test_tokenizer_with_more_tokens_than_embeddings(folder: Path) -> None:

@@ -281,4 +281,4 @@ def _step(model: BertForPreTraining, batch: Batch, optimizer: torch.optim.Optimi
     torch.nn.utils.clip_grad_norm_(model.parameters(), _LARGEST_GRADIENT)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss.item()
+    return float(loss.item())

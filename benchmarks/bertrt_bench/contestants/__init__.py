@@ -30,7 +30,7 @@ RIVALS: Final[Mapping[str, ContestantKind]] = MappingProxyType(
         for kind in (
             ContestantKind(
                 name="torch",
-                description="PyTorch float32 through transformers, eager, inference mode",
+                description="PyTorch float32 through transformers, not compiled, inference mode",
                 factory="bertrt_bench.contestants.pytorch:open_torch",
                 modules=("torch", "transformers"),
                 install='pip install "bertrt[torch]"',

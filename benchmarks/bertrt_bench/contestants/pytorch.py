@@ -21,6 +21,10 @@ _CLASSES: Mapping[Task, str] = {
 }
 
 
+# The fastest attention that transformers has on a CPU, and its default.
+_ATTENTION = "sdpa"
+
+
 class TorchContestant:
     """transformers' own classes on one checkpoint, each loaded when its task is first prepared."""
 
@@ -40,6 +44,7 @@ class TorchContestant:
         self.details: Mapping[str, str] = {
             "instruction_set": str(torch.backends.cpu.get_cpu_capability()),
             "dtype": "float32",
+            "attention": _ATTENTION,
         }
 
     def prepare(self, question: Question) -> Run:
@@ -98,6 +103,7 @@ class TorchContestant:
             model, report = getattr(self._transformers, name).from_pretrained(
                 self._checkpoint,
                 dtype=self._torch.float32,
+                attn_implementation=_ATTENTION,
                 local_files_only=True,
                 output_loading_info=True,
                 **options,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from bertrt.errors import CheckpointNotFoundError, DownloadError
@@ -64,7 +67,7 @@ def download(name: str, revision: str | None) -> tuple[Path, str]:
 def _snapshot(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     local = "give the path of a local checkpoint folder instead, or 'demo', which is built in"
     try:
-        from huggingface_hub import snapshot_download
+        import huggingface_hub
         from huggingface_hub.errors import (
             GatedRepoError,
             LocalEntryNotFoundError,
@@ -77,7 +80,9 @@ def _snapshot(name: str, revision: str | None, patterns: tuple[str, ...]) -> Pat
             f"(pip install 'bertrt[export]'); {local}"
         ) from error
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        with _progress_on_a_terminal_only():
+            folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns))
+        return Path(folder)
     except GatedRepoError as error:
         raise DownloadError(
             f"the hub gives {name!r} only to users who have accepted its terms; accept them and log in with "
@@ -103,3 +108,18 @@ def _snapshot(name: str, revision: str | None, patterns: tuple[str, ...]) -> Pat
         raise DownloadError(
             f"downloading {name!r} from the hub failed: {reason}; try again, or {local}"
         ) from error
+
+
+@contextlib.contextmanager
+def _progress_on_a_terminal_only() -> Iterator[None]:
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    if terminal or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

@@ -38,6 +38,7 @@ MLM_NAMES = (
     "cls.predictions.transform.LayerNorm.bias",
     MLM_BIAS,
 )
+_OUTER_NAMES = frozenset((*EMBEDDING_NAMES, *POOLER_NAMES, *NSP_NAMES, *MLM_NAMES, DECODER_WEIGHT))
 _LAYER_PARTS = tuple(
     f"{module}.{kind}"
     for module in (
@@ -67,15 +68,16 @@ def expected_shape(architecture: BertArchitecture, name: str) -> tuple[int, ...]
     Matrices are ``[out, in]``, embedding tables ``[rows, hidden]``.
     """
     hidden, inner = architecture.hidden_size, architecture.intermediate_size
-    part = name
-    if match := _LAYER.fullmatch(name):
-        if int(match[1]) >= architecture.num_hidden_layers or match[2] not in _LAYER_PARTS:
-            return None
-        part = match[2]
-    elif not (name in EMBEDDING_NAMES or name in POOLER_NAMES or name in NSP_NAMES or name in MLM_NAMES):
-        return (architecture.vocab_size, hidden) if name == DECODER_WEIGHT else None
+    if layer := _LAYER.fullmatch(name):
+        part = layer[2]
+        known = int(layer[1]) < architecture.num_hidden_layers and part in _LAYER_PARTS
+    else:
+        part = name
+        known = part in _OUTER_NAMES
+    if not known:
+        return None
     match part:
-        case "embeddings.word_embeddings.weight":
+        case "embeddings.word_embeddings.weight" | "cls.predictions.decoder.weight":
             return (architecture.vocab_size, hidden)
         case "embeddings.position_embeddings.weight":
             return (architecture.max_position_embeddings, hidden)
@@ -164,9 +166,9 @@ def resolve_names(architecture: BertArchitecture, stored: Iterable[str], *, tied
             found[canonical] = name
     if unexpected:
         raise UnexpectedTensorError(
-            f"the checkpoint holds {len(unexpected)} tensors that a BERT with "
-            f"{architecture.num_hidden_layers} layers does not have: {_some(unexpected)}; BertRT reads "
-            "BertForPreTraining, BertForMaskedLM, BertForNextSentencePrediction and BertModel"
+            f"the checkpoint holds tensors that a BERT with {architecture.num_hidden_layers} layers does not "
+            f"have ({len(unexpected)}): {_some(unexpected)}; BertRT reads BertForPreTraining, "
+            "BertForMaskedLM, BertForNextSentencePrediction and BertModel"
         )
     _require(found, encoder_names(architecture), "its configuration needs them")
     heads = _heads(found, tied=tied)

@@ -127,7 +127,7 @@ class _Files:
                 opened.append(store)
                 if missing := sorted(needed - store.infos.keys()):
                     raise CorruptCheckpointError(
-                        f"{path} lacks {len(missing)} tensors that the index says it holds, "
+                        f"{path} lacks tensors that the index says it holds ({len(missing)}), "
                         f"{missing[0]!r} among them; get the checkpoint anew"
                     )
                 if twice := sorted(stores.keys() & store.infos.keys()):

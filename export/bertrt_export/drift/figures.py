@@ -38,8 +38,9 @@ class Figure:
     def title(self) -> str:
         """Section and label in one, such as ``Masked LM: largest logit error``."""
         # "NaN" and "KL" keep their capitals.
-        label = self.label if self.label[1].isupper() or self.label[2].isupper() else self.label.lower()
-        return f"{self.section}: {label}"
+        first = self.label.partition(" ")[0]
+        start = self.label[0].lower() if first[1:].islower() or "-" in first else self.label[0]
+        return f"{self.section}: {start}{self.label[1:]}"
 
     def write(self, value: float | None) -> str:
         """A value for people."""

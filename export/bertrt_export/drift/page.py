@@ -19,8 +19,6 @@ _HEADLINES = (
 )
 # No script can run, and nothing can be loaded, whatever a text in the report may hold.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-# A lean of this much (a factor of 16) fills half of its bar.
-_WIDEST_LEAN = 4.0
 
 
 def render(report: DriftReport) -> str:
@@ -180,8 +178,9 @@ def _bars(rows: Iterable[tuple[str, float]], widest: float) -> str:
 
 
 def _bias(bias: BiasDrift) -> str:
+    widest = max(1.0, *(abs(value) for lean in bias.leans for value in (lean.reference, lean.engine)))
     rows = "".join(
-        f"<tr><td>{escape(lean.token_str)}</td><td>{_lean(lean)}</td>"
+        f"<tr><td>{escape(lean.token_str)}</td><td>{_lean(lean, widest)}</td>"
         f'<td class="number">{lean.reference:+.2f}</td><td class="number">{lean.engine:+.2f}</td>'
         f'<td class="number">{lean.engine - lean.reference:+.2f}</td></tr>'
         for lean in bias.leans
@@ -201,10 +200,9 @@ def _bias(bias: BiasDrift) -> str:
     )
 
 
-def _lean(lean: Lean) -> str:
+def _lean(lean: Lean, widest: float) -> str:
     def place(value: float) -> str:
-        share = max(-1.0, min(1.0, value / _WIDEST_LEAN))
-        return f"{50 + 48 * share:.1f}%"
+        return f"{50 + 48 * value / widest:.1f}%"
 
     return (
         '<span class="scale">'
