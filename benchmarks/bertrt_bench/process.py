@@ -192,6 +192,9 @@ class ContestantProcess:
             problem = f"gave no answer within {limit:.0f} s; measure smaller shapes or raise --timeout"
         except (EOFError, BrokenPipeError, ConnectionResetError):
             problem = _obituary(self._reap())
+            # An error that the worker reports itself says it all; one that it died of may be here only.
+            if lines := self._tail().splitlines():
+                problem += f" (its last line: {lines[-1]})"
         else:
             if "error" not in answer:
                 return answer
@@ -199,14 +202,8 @@ class ContestantProcess:
         raise self._failure(doing, problem)
 
     def _failure(self, doing: str, problem: str) -> MeasurementError:
-        tail = self._tail()
-        lines = tail.splitlines()
-        # An error that the worker reported ends its standard error too: said once is enough.
-        last = (
-            f" (its last line: {lines[-1]})" if lines and lines[-1].partition(": ")[2] not in problem else ""
-        )
-        error = MeasurementError(f"{self.kind.name}: its process, {doing}, {problem}{last}")
-        if tail:
+        error = MeasurementError(f"{self.kind.name}: its process, {doing}, {problem}")
+        if tail := self._tail():
             error.add_note(f"standard error of {self.kind.name}:\n{tail}")
         return error
 

@@ -81,7 +81,7 @@ class BertArchitecture:
                 f"{config.get('hidden_size')!r}; factorised embeddings are not implemented"
             )
         activation = config.get("hidden_act", "gelu")
-        if activation not in _ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in _ACTIVATIONS:
             raise UnsupportedModelError(
                 f"config.json says hidden_act={activation!r}; implemented are {', '.join(_ACTIVATIONS)}"
             )

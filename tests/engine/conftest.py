@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class TorchBackend:
     """
 
     name = "torch"
-    threads = 1
+    threads = 2
 
     def __init__(
         self, model: transformers.BertForPreTraining, architecture: BertArchitecture, heads: Heads
@@ -93,7 +93,6 @@ def prose(demo_checkpoint: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def reference_model(demo_checkpoint: Path) -> transformers.BertForPreTraining:
-    torch.set_num_threads(1)  # the model is small, and eight threads will use it at once
     return transformers.BertForPreTraining.from_pretrained(demo_checkpoint, dtype=torch.float32).eval()
 
 
@@ -118,7 +117,7 @@ def make_engine(
     reference_model: transformers.BertForPreTraining,
     tokenizer: WordPieceTokenizer,
     architecture: BertArchitecture,
-) -> Iterator[Any]:
+) -> Callable[..., Engine]:
     """A function that makes an engine on PyTorch: ``make_engine(positions=32, heads=..., token_budget=...)``."""
 
     def make(
@@ -135,5 +134,15 @@ def make_engine(
 
 
 @pytest.fixture
-def engine(make_engine: Any) -> Engine:
+def engine(make_engine: Callable[..., Engine]) -> Engine:
     return make_engine()
+
+
+@pytest.fixture(params=["torch", "onnxruntime"])
+def any_engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """The demo engine on PyTorch, and as it is exported and loaded."""
+    if request.param == "torch":
+        yield request.getfixturevalue("make_engine")()
+    else:
+        with Engine.load(request.getfixturevalue("demo_engine")(), threads=2) as loaded:
+            yield loaded

@@ -45,8 +45,8 @@ def reference(reference_model: Any, reference_tokenizer: Any) -> Any:
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_features_are_those_of_the_reference(engine: Engine, reference: Any, pooling: str) -> None:
-    found = engine.features(TEXTS, pooling=pooling)
+def test_features_are_those_of_the_reference(any_engine: Engine, reference: Any, pooling: str) -> None:
+    found = any_engine.features(TEXTS, pooling=pooling)
     assert isinstance(found, list if pooling == "none" else np.ndarray)
     assert len(found) == len(TEXTS)
     for text, array in zip(TEXTS, found, strict=True):
@@ -83,12 +83,12 @@ def test_no_texts(engine: Engine) -> None:
         assert found.dtype == np.float32
 
 
-def test_truncation(engine: Engine, reference: Any, prose: list[str]) -> None:
+def test_truncation(any_engine: Engine, reference: Any, prose: list[str]) -> None:
     text = " ".join(prose[:30])
     with pytest.raises(SequenceTooLongError, match="text 0"):
-        engine.features(text)
+        any_engine.features(text)
     expected = reference(text, truncation=True, max_length=512)["none"]
-    found = engine.features(text, overflow="truncate")
+    found = any_engine.features(text, overflow="truncate")
     assert found.shape == (512, 256)
     np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
 

@@ -64,19 +64,19 @@ def check_predictions(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("text", ONE_MASK + SEVERAL_MASKS)
-def test_one_text_is_answered_as_by_the_pipeline(engine: Engine, pipeline: Any, text: str) -> None:
-    check_predictions(engine.fill_mask(text), pipeline(text))
+def test_one_text_is_answered_as_by_the_pipeline(any_engine: Engine, pipeline: Any, text: str) -> None:
+    check_predictions(any_engine.fill_mask(text), pipeline(text))
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 20])
-def test_lists_are_answered_as_by_the_pipeline(engine: Engine, pipeline: Any, top_k: int) -> None:
+def test_lists_are_answered_as_by_the_pipeline(any_engine: Engine, pipeline: Any, top_k: int) -> None:
     texts = [*ONE_MASK, *SEVERAL_MASKS, ONE_MASK[0]]
-    check_predictions(engine.fill_mask(texts, top_k=top_k), pipeline(texts, top_k=top_k))
+    check_predictions(any_engine.fill_mask(texts, top_k=top_k), pipeline(texts, top_k=top_k))
 
 
-def test_the_whole_vocabulary_can_be_asked_for(engine: Engine, pipeline: Any) -> None:
-    text, size = "The man worked as a [MASK].", engine.architecture.vocab_size
-    found = engine.fill_mask(text, top_k=size)
+def test_the_whole_vocabulary_can_be_asked_for(any_engine: Engine, pipeline: Any) -> None:
+    text, size = "The man worked as a [MASK].", any_engine.architecture.vocab_size
+    found = any_engine.fill_mask(text, top_k=size)
     assert sorted(row["token"] for row in found) == list(range(size))
     assert sum(row["score"] for row in found) == pytest.approx(1.0, abs=1e-5)
     by_token = {row["token"]: row for row in pipeline(text, top_k=size)}
@@ -92,12 +92,12 @@ def test_the_whole_vocabulary_can_be_asked_for(engine: Engine, pipeline: Any) ->
 )
 @pytest.mark.parametrize("top_k", [2, 5])
 def test_targets_are_answered_as_by_the_pipeline(
-    engine: Engine, pipeline: Any, text: str, targets: Any, top_k: int
+    any_engine: Engine, pipeline: Any, text: str, targets: Any, top_k: int
 ) -> None:
     names = [targets] if isinstance(targets, str) else targets
-    assert all(engine.tokenizer.token_to_id(name) is not None for name in names)
+    assert all(any_engine.tokenizer.token_to_id(name) is not None for name in names)
     check_predictions(
-        engine.fill_mask(text, targets=targets, top_k=top_k), pipeline(text, targets=targets, top_k=top_k)
+        any_engine.fill_mask(text, targets=targets, top_k=top_k), pipeline(text, targets=targets, top_k=top_k)
     )
 
 
@@ -159,10 +159,10 @@ def test_the_limits_themselves_are_allowed(engine: Engine) -> None:
     assert len(engine.fill_mask("[MASK] " + "a " * 509, top_k=1)) == 1
 
 
-def test_truncation_keeps_the_first_tokens(engine: Engine, pipeline: Any) -> None:
+def test_truncation_keeps_the_first_tokens(any_engine: Engine, pipeline: Any) -> None:
     text = "The man worked as a [MASK] . " + "It was late in the day . " * 100
     expected = pipeline(text, tokenizer_kwargs={"truncation": True})
-    check_predictions(engine.fill_mask(text, overflow="truncate"), expected)
+    check_predictions(any_engine.fill_mask(text, overflow="truncate"), expected)
 
 
 def test_a_text_that_fits_is_the_same_under_every_policy(engine: Engine) -> None:

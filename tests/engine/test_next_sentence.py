@@ -40,9 +40,11 @@ def pairs(prose: list[str]) -> tuple[list[str], list[str]]:
     return list(a), list(b)
 
 
-def test_probabilities_are_those_of_the_reference(engine: Engine, reference: Any, prose: list[str]) -> None:
+def test_probabilities_are_those_of_the_reference(
+    any_engine: Engine, reference: Any, prose: list[str]
+) -> None:
     a, b = pairs(prose)
-    found = engine.next_sentence(a, b)
+    found = any_engine.next_sentence(a, b)
     assert [type(value) for value in found] == [float] * len(a)
     np.testing.assert_allclose(found, [reference(*pair) for pair in zip(a, b, strict=True)], atol=TOLERANCE)
     # Both answers occur, so that the columns cannot have been taken the wrong way round.
@@ -62,12 +64,12 @@ def test_a_pair_alone_and_among_others(make_engine: Any, prose: list[str]) -> No
     np.testing.assert_allclose(engine.next_sentence(a, b), alone, atol=TOLERANCE)
 
 
-def test_truncation_is_that_of_the_reference(engine: Engine, reference: Any, prose: list[str]) -> None:
+def test_truncation_is_that_of_the_reference(any_engine: Engine, reference: Any, prose: list[str]) -> None:
     short, long = prose[0], " ".join(prose[:40])
     for a, b in ((short, long), (long, short), (long, long)):
         with pytest.raises(SequenceTooLongError, match="pair 0"):
-            engine.next_sentence(a, b)
-        found = engine.next_sentence(a, b, overflow="truncate")
+            any_engine.next_sentence(a, b)
+        found = any_engine.next_sentence(a, b, overflow="truncate")
         assert found == pytest.approx(reference(a, b), abs=TOLERANCE)
 
 

@@ -47,8 +47,8 @@ def reference(reference_model: Any, reference_tokenizer: Any) -> Any:
     return run
 
 
-def test_scores_are_those_of_the_reference(engine: Engine, reference: Any) -> None:
-    for text, found in zip(TEXTS, engine.score(TEXTS), strict=True):
+def test_scores_are_those_of_the_reference(any_engine: Engine, reference: Any) -> None:
+    for text, found in zip(TEXTS, any_engine.score(TEXTS), strict=True):
         total, tokens = reference(text)
         assert found.tokens == tokens
         assert found.log_likelihood == pytest.approx(total, abs=TOLERANCE * tokens)

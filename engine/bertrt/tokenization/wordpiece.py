@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-
-# The package ships stub files without the marker that makes type checkers read them.
-from tokenizers import Tokenizer  # type: ignore[import-untyped]
+from tokenizers import Tokenizer
 
 from bertrt.errors import InputError, MaskNotFoundError, SequenceTooLongError, TokenizerError
 from bertrt.tokenization import definition as definitions
@@ -72,7 +70,7 @@ class WordPieceTokenizer:
         Raises:
             TokenizerError: a WordPiece is there twice, or a special token is not there.
         """
-        tokens = files.read_vocab(vocab) if isinstance(vocab, Path) else vocab
+        tokens = files.read_vocab(Path(vocab)) if isinstance(vocab, str | Path) else vocab
         return cls(Definition(vocab=definitions.number(tokens), settings=settings).with_special_tokens())
 
     @property

@@ -1,0 +1,200 @@
+"""Worker processes: what they are given, and that each way of failing is told and leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bertrt.errors import MeasurementError
+from bertrt_bench.cases import Case, SpecialIds, make_question
+from bertrt_bench.contestants import ContestantKind, Setup
+from bertrt_bench.process import ContestantProcess, worker_environment
+
+CASE = Case(task="features", batch=2, sequence=6)
+# Much longer than any step here takes; a test that meets it has failed.
+PATIENCE = 120.0
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., ContestantProcess]:
+    def make(kind: ContestantKind, timeout: float = PATIENCE) -> ContestantProcess:
+        folder = tmp_path / kind.name
+        folder.mkdir()
+        return ContestantProcess(kind, Setup(engine="none", threads=2), folder, timeout=timeout)
+
+    return make
+
+
+@pytest.fixture
+def question(tmp_path: Path) -> Path:
+    folder = tmp_path / "question"
+    folder.mkdir()
+    special = SpecialIds(cls=0, sep=1, pad=2, mask=3, unk=4)
+    make_question(CASE, special=special, vocab_size=100).save(folder)
+    return folder
+
+
+def test_a_contestant_answers_and_is_timed(fakes, start, question: Path, alive) -> None:
+    with start(fakes.kind("a")) as process:
+        pid = process.pid
+        assert alive(pid)
+        assert process.versions == {"fake": "1.0"}
+        assert process.details == {"omp": "2", "setup_threads": "2"}
+        process.prepare(0, CASE, question)
+        answer = process.answer(0, CASE, rows=5)
+        assert answer["hidden_states"].shape == (5, 256)
+        turn = process.time(0, CASE, warmup=2, runs=7, seconds=0.0)
+        assert len(turn.nanoseconds) == 7
+        assert min(turn.nanoseconds) > 0
+        # One run for the answer, two to warm up, seven timed.
+        assert sum(event.what.startswith("run") for event in fakes.events()) == 10
+    assert process.pid is None
+    assert not alive(pid)
+
+
+def test_a_turn_by_time_ends(fakes, start, question: Path) -> None:
+    with start(fakes.kind("a")) as process:
+        process.prepare(0, CASE, question)
+        turn = process.time(0, CASE, warmup=0, runs=1, seconds=0.05)
+        assert sum(turn.nanoseconds) <= 0.05e9 + max(turn.nanoseconds)
+
+
+def test_two_contestants_give_the_same_answer(fakes, start, question: Path) -> None:
+    with start(fakes.kind("a")) as first, start(fakes.kind("b")) as second:
+        assert first.pid != second.pid
+        answers = []
+        for process in (first, second):
+            process.prepare(0, CASE, question)
+            answers.append(process.answer(0, CASE, rows=100)["hidden_states"])
+    np.testing.assert_array_equal(answers[0], answers[1])
+
+
+def test_what_libraries_print_is_no_answer(fakes, start, question: Path) -> None:
+    with start(fakes.kind("chatty")) as process:
+        process.prepare(0, CASE, question)
+        assert process.answer(0, CASE, rows=100)["hidden_states"].shape == (12, 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dies", r"timing features at 2x6, ended with exit code 7 \(its last line: last words of a fake\)"),
+        ("killed", "timing features at 2x6, was ended by SIGKILL; the machine may have run out of memory"),
+        ("raises", "timing features at 2x6, failed: out of paper"),
+        ("garbles", "a worker wrote a line that is not JSON: b'no JSON'"),
+    ],
+)
+def test_a_contestant_that_fails_is_told_and_reaped(
+    fakes, start, question: Path, alive, name: str, message: str
+) -> None:
+    with pytest.raises(MeasurementError, match=message) as caught, start(fakes.kind(name)) as process:
+        process.prepare(0, CASE, question)
+        process.answer(0, CASE, rows=100)
+        process.time(0, CASE, warmup=0, runs=1, seconds=0)
+    assert "\n" not in str(caught.value)
+    (pid,) = fakes.pids()
+    assert not alive(pid)
+
+
+def test_the_end_of_standard_error_goes_with_the_error(fakes, start, question: Path) -> None:
+    with pytest.raises(MeasurementError) as caught, start(fakes.kind("dies")) as process:
+        process.prepare(0, CASE, question)
+        process.answer(0, CASE, rows=100)
+        process.time(0, CASE, warmup=0, runs=1, seconds=0)
+    assert caught.value.__notes__ == ["standard error of dies:\nfirst words\nlast words of a fake"]
+
+
+def test_a_contestant_that_hangs_is_ended(fakes, start, alive) -> None:
+    kind = ContestantKind(name="hangs", description="", factory="bench_fakes:hangs_at_the_start")
+    with pytest.raises(
+        MeasurementError, match=r"hangs: its process, starting, gave no answer within 2 s; .*--timeout"
+    ):
+        start(kind, timeout=2.0).__enter__()
+    for pid in fakes.pids():
+        assert not alive(pid)
+
+
+def test_a_contestant_that_is_none(fakes, start) -> None:
+    for factory, message in (
+        ("bench_fakes:absent", "there is no contestant 'bench_fakes:absent'"),
+        ("bench_fakes:no_function", "expected 'module:function'"),
+        ("bench_no_such_module:open", "No module named 'bench_no_such_module'"),
+    ):
+        kind = ContestantKind(name=factory.replace(":", "-"), description="", factory=factory)
+        with pytest.raises(MeasurementError, match=message):
+            start(kind).__enter__()
+
+
+def test_an_ended_contestant_cannot_be_asked(fakes, start, question: Path) -> None:
+    with start(fakes.kind("a")) as process:
+        pass
+    with pytest.raises(MeasurementError, match="has ended"):
+        process.prepare(0, CASE, question)
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
+def test_an_interruption_ends_the_worker(fakes, start, alive, interruption: type[BaseException]) -> None:
+    with pytest.raises(interruption), start(fakes.kind("a")) as process:
+        pid = process.pid
+        raise interruption
+    assert not alive(pid)
+
+
+def test_a_worker_without_a_parent_ends() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "bertrt_bench.worker"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=PATIENCE,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_requests_that_make_no_sense_are_answered() -> None:
+    requests = b'{"op": "time", "index": 3}\n{"op": "prepare"}\n{}\nno JSON\n'
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "bertrt_bench.worker"],
+        input=requests,
+        capture_output=True,
+        timeout=PATIENCE,
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0
+    assert len(lines) == 4
+    assert all(line.startswith(b'{"error":') for line in lines)
+
+
+def test_the_environment_of_a_worker() -> None:
+    base = {
+        "PATH": "/bin",
+        "OMP_NUM_THREADS": "64",
+        "PYTHONPATH": "/here",
+        "PYTHONINSPECT": "1",
+        "PYTHONWARNINGS": "error",
+        "PYTHONSTARTUP": "/home/me/startup.py",
+    }
+    found = worker_environment(base, threads=3)
+    assert {name: value for name, value in found.items() if name.startswith("PYTHON")} == {
+        "PYTHONPATH": "/here"
+    }
+    assert {value for name, value in found.items() if name.endswith("_NUM_THREADS")} == {"3"}
+    assert found["PATH"] == "/bin"
+    assert found["HF_HUB_OFFLINE"] == "1"
+    assert base["OMP_NUM_THREADS"] == "64"
+
+
+def test_a_worker_is_not_led_astray_by_the_current_folder(
+    fakes, start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "numpy.py").write_text("raise SystemExit('the wrong numpy')\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONINSPECT", "1")
+    with start(fakes.kind("a")) as process:
+        assert process.versions
+    assert Path.cwd() == Path(os.path.realpath(tmp_path))
