@@ -61,8 +61,12 @@ class Turn:
     idle_cpu_seconds: float
 
 
-def worker_environment(base: Mapping[str, str], threads: int) -> dict[str, str]:
-    """The environment of a worker: as many threads everywhere, no network, an undisturbed interpreter."""
+def worker_environment(base: Mapping[str, str], threads: int, scratch: Path) -> dict[str, str]:
+    """The environment of a worker.
+
+    As many threads everywhere, no network, an undisturbed interpreter, and temporary files of libraries in a
+    folder that is removed with the benchmark's.
+    """
     environment = {
         name: value
         for name, value in base.items()
@@ -70,6 +74,7 @@ def worker_environment(base: Mapping[str, str], threads: int) -> dict[str, str]:
     }
     environment.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
     environment.update(
+        TMPDIR=str(scratch),
         TOKENIZERS_PARALLELISM="false",
         HF_HUB_OFFLINE="1",
         TRANSFORMERS_OFFLINE="1",
@@ -172,7 +177,7 @@ class ContestantProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=worker_environment(os.environ, self._setup.threads),
+                env=worker_environment(os.environ, self._setup.threads, self._folder),
                 # Ctrl-C at the terminal reaches the parent alone, which then ends its workers.
                 start_new_session=True,
             )

@@ -179,12 +179,13 @@ def test_the_environment_of_a_worker() -> None:
         "PYTHONWARNINGS": "error",
         "PYTHONSTARTUP": "/home/me/startup.py",
     }
-    found = worker_environment(base, threads=3)
+    found = worker_environment(base, threads=3, scratch=Path("/scratch"))
     assert {name: value for name, value in found.items() if name.startswith("PYTHON")} == {
         "PYTHONPATH": "/here"
     }
     assert {value for name, value in found.items() if name.endswith("_NUM_THREADS")} == {"3"}
     assert found["PATH"] == "/bin"
+    assert found["TMPDIR"] == "/scratch"
     assert found["HF_HUB_OFFLINE"] == "1"
     assert base["OMP_NUM_THREADS"] == "64"
 

@@ -1,8 +1,12 @@
-"""An engine on PyTorch: the runtime's answers with no graph in between."""
+"""Engines for the tests: on PyTorch, with no graph in between, and the demo engine behind the command."""
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +20,7 @@ import transformers
 import bertrt_export
 from bertrt.architecture import BertArchitecture
 from bertrt.backends.base import BatchOutput, TokenBatch, Wanted, check_request
+from bertrt.cli import main
 from bertrt.engine import Engine
 from bertrt.errors import EngineClosedError
 from bertrt.manifest import Heads
@@ -146,3 +151,48 @@ def any_engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     else:
         with Engine.load(request.getfixturevalue("demo_engine")(), threads=2) as loaded:
             yield loaded
+
+
+@pytest.fixture(scope="session")
+def engine_folder(demo_engine: Callable[..., Path]) -> Path:
+    """The demo engine in float32; do not change it."""
+    return demo_engine("fp32")
+
+
+@pytest.fixture(scope="module")
+def loaded(engine_folder: Path) -> Iterator[Engine]:
+    with Engine.load(engine_folder) as engine:
+        yield engine
+
+
+@pytest.fixture
+def copied(engine_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the engine folder, to be spoilt."""
+    return Path(shutil.copytree(engine_folder, tmp_path / "copied"))
+
+
+@pytest.fixture
+def ask(
+    engine_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """A function that runs a command on the engine and gives its standard output."""
+
+    def ask(
+        command: str,
+        *arguments: str,
+        code: int = 0,
+        error: str = "",
+        standard_input: bytes = b"",
+        engine: Path = engine_folder,
+    ) -> str:
+        stream = io.TextIOWrapper(io.BytesIO(standard_input), encoding="ascii")
+        monkeypatch.setattr(sys, "stdin", stream)
+        assert main([command, str(engine), *arguments]) == code
+        captured = capsys.readouterr()
+        if error:
+            assert re.fullmatch(rf"bertrt: error: {error}.*\n", captured.err), captured.err
+        else:
+            assert captured.err == ""
+        return captured.out
+
+    return ask

@@ -36,7 +36,7 @@ def give_standard_input(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 
 
 class Trickle(io.RawIOBase):
-    """A stream that gives ``data`` over and over, ``step`` bytes at a time, until ``size`` were given."""
+    """Gives ``data`` over and over, ``step`` bytes at a time, until ``size`` were given."""
 
     def __init__(self, data: bytes, *, size: int, step: int) -> None:
         self._data = data
@@ -163,9 +163,9 @@ def test_a_line_may_be_long_but_not_longer(write: object) -> None:
 @pytest.mark.parametrize(
     ("line", "size", "failure"),
     [
-        (b"x", 32 << 20, InputError),
-        (b"\n", 1 << 20, EmptyTextError),
-        (b"a line of text\n", 4 << 20, None),
+        (b"x" * 65_536, 32 << 20, InputError),
+        (b"\n" * 65_536, 1 << 18, EmptyTextError),
+        (b"a line of text\n" * 5_000, 2 << 20, None),
         (b"y" * 300_000 + b"\n", 32 << 20, None),
     ],
     ids=["one endless line", "blank lines", "short lines", "long lines"],

@@ -293,6 +293,12 @@ def test_a_head_that_is_not_there(save_checkpoint: Any, small_bert: Any, tmp_pat
             backend.run(batch, wanted)
 
 
+def test_int8_asks_for_products_that_do_not_saturate(demo_engine: Callable[..., Path]) -> None:
+    manifest = EngineFolder.open(demo_engine("int8")).manifest
+    entry = "session.x64quantprecision"
+    assert session_options(manifest, 1).get_session_config_entry(entry) == "1"
+
+
 def test_closed(demo_engine: Callable[..., Path]) -> None:
     backend = create_backend(None, EngineFolder.open(demo_engine("int8")), 1)
     assert backend.threads == 1

@@ -194,6 +194,8 @@ def session_options(manifest: Manifest, threads: int) -> onnxruntime.SessionOpti
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # The exporter has fused what pays; what the library would fuse beyond that is slower (kernels/NOTES.md).
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     # Every failure is raised, so nothing needs to be printed beside it.
     options.log_severity_level = 4
     # A pattern is kept for each shape ever seen, and we see many.

@@ -11,12 +11,15 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from bertrt import __version__
 from bertrt.cli.command import EXIT_BAD_INPUT, EXIT_OK, Command
 from bertrt.cli.extras import EXTRA_OF_MODULE, install_line
 from bertrt.errors import BertRTError
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 __all__ = ["main"]
 
@@ -151,8 +154,11 @@ def _parse(command: Command, arguments: list[str]) -> argparse.Namespace:
     # A command with a --json of its own keeps it.
     with contextlib.suppress(argparse.ArgumentError):
         parser.add_argument("--json", action="store_true", help="write JSON, for machines")
-    # Intermixed, because otherwise `fill-mask demo --top-k 3 TEXT` would not find the text.
-    parsed, unknown = parser.parse_known_intermixed_args(arguments)
+    try:
+        # Intermixed, because otherwise `fill-mask demo --top-k 3 TEXT` would not find the text.
+        parsed, unknown = parser.parse_known_intermixed_args(arguments)
+    except TypeError:  # argparse cannot do that for a command with subcommands of its own
+        parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         # An option that is not known takes what follows it along.
         options = [argument for argument in unknown if argument.startswith("-")]
@@ -167,6 +173,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise BertRTError(f"{message}; see '{self.prog} --help'")
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        # argparse's own keeps silent when the output cannot be written.
+        (file or sys.stdout).write(self.format_help())
 
 
 def _overview() -> str:

@@ -24,7 +24,10 @@ _RANDOM = ("She opened the door and looked out.", "The strata of the lower chalk
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, default=Path("demo-engine"), help="the engine folder to make (default demo-engine)"
+        "--out",
+        type=Path,
+        default=Path("demo-engine"),
+        help="the engine folder to make (default demo-engine)",
     )
     parser.add_argument(
         "--precision", choices=get_args(Precision), default="int8", help="of the engine (default int8)"
@@ -50,7 +53,9 @@ def _run(args: argparse.Namespace) -> int:
     reference = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
     for step in _steps(str(args.out), args.precision):
         if step[0] in {"drift", "bench"} and not reference:
-            print(f'bertrt: left out "bertrt {step[0]}": it needs pip install "bertrt[torch]"', file=sys.stderr)
+            print(
+                f'bertrt: left out "bertrt {step[0]}": it needs pip install "bertrt[torch]"', file=sys.stderr
+            )
             continue
         print(f"\n$ bertrt {shlex.join(step)}", flush=True)
         if code := main(step):
