@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pkgutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,10 +99,13 @@ def test_help_of_a_command_shows_an_example(name: str, capsys: pytest.CaptureFix
 
 
 def test_the_overview_says_what_the_commands_say() -> None:
-    lines = {name: text for commands in cli._GROUPS.values() for name, text in commands.items()}
-    for name, module in cli._BUILT_IN.items():
-        command = __import__(module, fromlist=["COMMAND"]).COMMAND
-        assert (command.name, command.help) == (name, lines[name])
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    places = {name: f"{module}:COMMAND" for name, module in cli._BUILT_IN.items()}
+    places |= project["entry-points"][cli.ENTRY_POINT_GROUP]
+    assert set(places) == ALL
+    for name, line in [line for commands in cli._GROUPS.values() for line in commands.items()]:
+        command = pkgutil.resolve_name(places[name])
+        assert (command.name, command.help) == (name, line)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import transformers
 
 from bertrt.backends import registry
 from bertrt.backends.base import Backend, TokenBatch, Wanted
-from bertrt.backends.onnxruntime import split_by_length
+from bertrt.backends.onnxruntime import session_options, split_by_length
 from bertrt.backends.registry import BackendStatus, backend_status, create_backend
 from bertrt.errors import (
     BackendRunError,

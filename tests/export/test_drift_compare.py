@@ -183,7 +183,7 @@ def test_a_constant_error_of_the_logits_changes_only_the_logits(
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"mlm_logits": lambda x: -x}, {"kl_mean", "top1_agreement", "top5_overlap", "prompt_kl_max"}),
+        ({"mlm_logits": lambda x: -8 * x}, {"kl_mean", "top1_agreement", "top5_overlap", "prompt_kl_max"}),
         ({"nsp_logits": lambda x: x[:, ::-1]}, {"nsp_changed"}),
         ({"hidden_states": lambda x: np.roll(x, 1, axis=1)}, {"hidden_cosine_mean"}),
         ({"pooled": lambda x: np.roll(x, 1, axis=1)}, {"pooled_cosine_mean"}),
@@ -419,8 +419,9 @@ def test_a_checkpoint_without_a_folder_is_written_for_transformers(
     monkeypatch.setattr(checkpoint, "folder", None)
     with open_reference(checkpoint, ALL, threads=2) as other:
         found = other.run(batch, examples[0].positions, layers=False)
-    np.testing.assert_array_equal(found.mlm_logits, expected.mlm_logits)
-    np.testing.assert_array_equal(found.nsp_logits, expected.nsp_logits)
+    # The same weights; where they lie in memory may change the order of sums, by some units of 2^-24.
+    np.testing.assert_allclose(found.mlm_logits, expected.mlm_logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.nsp_logits, expected.nsp_logits, rtol=1e-5, atol=1e-6)
 
 
 def test_threads_and_verbosity_are_as_they_were(

@@ -11,15 +11,12 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Protocol
 
 from bertrt import __version__
 from bertrt.cli.command import EXIT_BAD_INPUT, EXIT_OK, Command
 from bertrt.cli.extras import EXTRA_OF_MODULE, install_line
 from bertrt.errors import BertRTError
-
-if TYPE_CHECKING:
-    from _typeshed import SupportsWrite
 
 __all__ = ["main"]
 
@@ -51,11 +48,11 @@ _GROUPS: Final = {
         "features": "vectors for texts",
     },
     "measure it": {
-        "drift": "how far its answers are from PyTorch's",
-        "bench": "how fast it is, beside its rivals",
+        "drift": "compare an engine with PyTorch float32 on real text",
+        "bench": "measure an engine's speed, in turns with a rival",
     },
     "try it": {
-        "demo": "export the demo model and ask it a few questions",
+        "demo": "export the demo model, ask it, measure its drift and its speed",
         "doctor": "what this machine has, and which backends can run",
     },
 }
@@ -168,13 +165,17 @@ def _parse(command: Command, arguments: list[str]) -> argparse.Namespace:
     return parsed
 
 
+class _Writable(Protocol):
+    def write(self, text: str, /) -> object: ...
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are like all others: one line, and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         raise BertRTError(f"{message}; see '{self.prog} --help'")
 
-    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+    def print_help(self, file: _Writable | None = None) -> None:
         # argparse's own keeps silent when the output cannot be written.
         (file or sys.stdout).write(self.format_help())
 

@@ -8,9 +8,7 @@ from typing import Final
 EXTRA_OF_MODULE: Final = {
     "onnxruntime": "ort",
     "huggingface_hub": "export",
-    "ml_dtypes": "export",
     "onnx": "export",
-    "safetensors": "export",
     "torch": "torch",
     "transformers": "torch",
 }

@@ -75,8 +75,8 @@ def _run(args: argparse.Namespace) -> int:
     )
     verify = not args.no_verify
     folder = EngineFolder.open(resolve(args.engine, verify=verify), verify=verify)
-    if not args.no_save and args.out_dir is None:
-        check_writable(folder.path)
+    if not args.no_save:
+        check_writable(args.out_dir or folder.path)
     if folder.manifest.latency_only:
         note("the weights are random, so are the predictions; budgets are made for trained ones")
     with (

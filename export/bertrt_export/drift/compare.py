@@ -123,7 +123,7 @@ def measure_drift(
     check_reference(manifest, checkpoint)
     tokenizer = WordPieceTokenizer.from_folder(folder.path)
     positions = manifest.architecture.max_position_embeddings
-    name, content = (text.name, read_text(text)) if isinstance(text, Path) else ("text", text)
+    name, content = (_name(text), read_text(text)) if isinstance(text, Path) else ("text", text)
     corpus = read_corpus(content, tokenizer, name=name, max_length=positions)
     examples = list(
         build_examples(
@@ -345,7 +345,7 @@ def _left_out(heads: Heads, found: Comparison) -> dict[str, str]:
 def _engine_facts(folder: EngineFolder, backend: Backend) -> EngineFacts:
     manifest = folder.manifest
     return EngineFacts(
-        name=folder.path.resolve().name,
+        name=_name(folder.path.resolve()),
         source=manifest.source,
         precision=manifest.precision,
         dialect=manifest.dialect,
@@ -379,6 +379,11 @@ def _versions(backend: str) -> dict[str, str]:
         if status.name == backend and status.version:
             versions[backend] = status.version
     return versions
+
+
+def _name(path: Path) -> str:
+    """A file's name as text; bytes in it that are not UTF-8 become question marks."""
+    return path.name.encode("utf-8", "replace").decode()
 
 
 def _short(digest: str | None) -> str:

@@ -17,12 +17,14 @@ HTML_NAME: Final = "drift.html"
 
 
 def check_writable(path: Path) -> None:
-    """Make sure that a report can be kept in a folder, before the long work begins.
+    """Make sure that a report can be kept in a folder, or in one yet to be made, before the long work begins.
 
     Raises:
         EngineFolderError: it cannot.
     """
-    probe = path / f".drift.{secrets.token_hex(6)}"
+    absolute = path.absolute()
+    there = next(folder for folder in (absolute, *absolute.parents) if folder.exists())
+    probe = there / f".drift.{secrets.token_hex(6)}"
     try:
         probe.touch(exist_ok=False)
         probe.unlink()
@@ -71,7 +73,7 @@ def _render(report: DriftReport) -> dict[str, bytes]:
         MARKDOWN_NAME: report.to_markdown(),
         HTML_NAME: report.to_html(),
     }
-    return {name: text.encode("utf-8", "replace") for name, text in texts.items()}
+    return {name: text.encode() for name, text in texts.items()}
 
 
 def _write(path: Path, files: dict[str, bytes]) -> None:

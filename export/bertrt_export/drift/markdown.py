@@ -23,7 +23,7 @@ def render(report: DriftReport) -> str:
     if report.violations:
         lines += ["Over budget:", "", *(f"- {violation.message}" for violation in report.violations), ""]
     if report.left_out:
-        lines += ["Left out:", "", *(f"- {part}: {why}" for part, why in report.left_out.items()), ""]
+        lines += ["Left out:", "", *(f"- {part}: {_cell(why)}" for part, why in report.left_out.items()), ""]
     over = {violation.figure for violation in report.violations}
     lines += [
         "## Figures",
