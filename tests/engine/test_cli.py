@@ -224,7 +224,7 @@ def test_a_failure_is_one_line(
     assert error_line(capsys).startswith(message)
 
 
-@pytest.mark.parametrize("module", ["onnx.helper", "huggingface_hub", "onnxruntime", "safetensors.numpy"])
+@pytest.mark.parametrize("module", ["onnx.helper", "huggingface_hub", "onnxruntime"])
 @pytest.mark.parametrize("when", ["import", "run"])
 def test_a_missing_extra_is_named(
     module: str, when: str, plant: Plant, capsys: pytest.CaptureFixture[str]

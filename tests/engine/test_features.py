@@ -12,8 +12,9 @@ from bertrt.engine import Engine
 from bertrt.errors import EmptyTextError, InputError, SequenceTooLongError
 
 # A hidden state is the outcome of a LayerNorm, so of order 1 (below 16 in this model). Sums over up to 1,024
-# products in another order move it by some tens of roundings of 2^-24 in each of the four layers.
-TOLERANCE = 2e-5
+# products in another order move it by some tens of roundings of 2^-24 in each of the four layers: near 1e-5 as a
+# rule, several times that for the largest of 100,000 values.
+TOLERANCE = 1e-4
 
 TEXTS = [
     "Hello, world.",

@@ -22,8 +22,8 @@ from bertrt.errors import (
 from bertrt.manifest import Heads
 
 # The runtime packs and pads otherwise than the pipeline, so float32 sums run in another order. A logit of this
-# model (|logit| < 30) then moves by less than 1e-5; a probability by less than that times itself.
-SCORE_TOLERANCE = 1e-5
+# model (|logit| < 30) then moves by some 1e-5, a probability by that times itself. 1e-4 is the project's promise.
+SCORE_TOLERANCE = 1e-4
 
 ONE_MASK = [
     "Hello I'm a [MASK] model.",

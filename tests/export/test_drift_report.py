@@ -33,7 +33,7 @@ def make_report(text: str = "plain", **changes: object) -> DriftReport:
         "int8", {name: None for name in FIGURES if FIGURES[name].bound and name != "non_finite"}
     )
     budgets |= {"kl_mean": 0.01, "top1_agreement": 0.4}
-    prediction = Prediction(token=3, token_str=text, reference=0.25, engine=0.2)  # noqa: S106 - no password
+    prediction = Prediction(token=3, token_str=text, reference=0.25, engine=0.2)
     report = DriftReport(
         engine=EngineFacts(
             name=text,
@@ -78,7 +78,7 @@ def make_report(text: str = "plain", **changes: object) -> DriftReport:
             engine=0.46,
             leans=(
                 Lean(token_str=text, reference=-2.0, engine=-2.5),
-                Lean(token_str="b", reference=9.0, engine=8.0),
+                Lean(token_str="b", reference=9.0, engine=8.0),  # noqa: S106 - no password
             ),
         ),
         left_out={"Pooled output": text},

@@ -19,7 +19,7 @@ from bertrt.errors import ExportError
 from bertrt_export.checkpoints import open_checkpoint
 from bertrt_export.exporter import export_engine
 from bertrt_export.graph import model as graph_model
-from bertrt_export.graph.dialects import MASKED
+from bertrt_export.graph.dialects import LOWEST, MASKED
 from bertrt_export.quantize import quantize_per_channel
 
 DIALECTS = ("ort", "onnx")
@@ -124,18 +124,26 @@ def test_fp16_is_pytorch_with_rounded_weights(
 class QuantizedLinear(torch.nn.Module):
     """``torch.nn.Linear`` with the int8 scheme written down plainly: weights by row, activations by token."""
 
-    def __init__(self, linear: torch.nn.Linear) -> None:
+    def __init__(self, linear: torch.nn.Linear, *, after_gelu: bool = False) -> None:
         super().__init__()
+        self.after_gelu = after_gelu
         self.weight = torch.nn.Parameter(round_rows(linear.weight))
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(round_rows(x), self.weight, self.bias)
+        rounded = round_above(x) if self.after_gelu else round_rows(x)
+        return torch.nn.functional.linear(rounded, self.weight, self.bias)
 
 
 def round_rows(x: torch.Tensor) -> torch.Tensor:
     scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
     return torch.round(x / scale).clamp(-127, 127) * scale
+
+
+def round_above(x: torch.Tensor) -> torch.Tensor:
+    """239 steps above zero, 16 below, where nothing is lower than -0.1701."""
+    scale = (x.amax(-1, keepdim=True) / 239).clamp(min=0.1701 / 16)
+    return torch.round(x / scale).clamp(-16, 239) * scale
 
 
 def quantized_twin(model: transformers.BertForPreTraining) -> transformers.BertForPreTraining:
@@ -153,9 +161,8 @@ def quantized_twin(model: transformers.BertForPreTraining) -> transformers.BertF
                 (layer.intermediate, "dense"),
                 (layer.output, "dense"),
             ):
-                setattr(owner, name, QuantizedLinear(getattr(owner, name)))
+                setattr(owner, name, QuantizedLinear(getattr(owner, name), after_gelu=owner is layer.output))
         predictions = twin.cls.predictions
-        predictions.transform.dense = QuantizedLinear(predictions.transform.dense)
         predictions.decoder = QuantizedLinear(predictions.decoder)
     return twin
 
@@ -233,6 +240,19 @@ def test_float16_saturates_instead_of_giving_nan(
     for outputs in results:
         for name, values in outputs.items():
             assert np.isfinite(values).all(), name
+
+
+def test_activations_have_the_lower_bound_that_int8_relies_on() -> None:
+    x = torch.linspace(-10, 10, 2_000_001, dtype=torch.float64)
+    functions = {
+        "gelu": torch.nn.functional.gelu,
+        "gelu_new": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+        "relu": torch.relu,
+    }
+    assert functions.keys() == LOWEST.keys()
+    for name, function in functions.items():
+        lowest = float(function(x).min())
+        assert LOWEST[name] <= lowest < LOWEST[name] + 1e-3
 
 
 def test_the_mask_is_finite_and_beyond_every_score() -> None:

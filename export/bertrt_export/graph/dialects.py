@@ -15,12 +15,14 @@ from typing import Protocol
 import numpy as np
 from onnx import TensorProto
 
-from bertrt.architecture import BertArchitecture
+from bertrt.architecture import Activation, BertArchitecture
 from bertrt.manifest import Dialect
 from bertrt_export.graph.emitter import MICROSOFT, GraphEmitter
 from bertrt_export.graph.products import Products
 
 MASKED = float(np.finfo(np.float32).min / 2)
+# Below what no activation goes: the minimum of the exact GELU is -0.16997, of its tanh approximation -0.17004.
+LOWEST: dict[Activation, float] = {"gelu": -0.1701, "gelu_new": -0.1701, "relu": 0.0}
 Shape = list[int | str]
 
 

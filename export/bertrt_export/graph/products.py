@@ -8,14 +8,15 @@ whatever the precision of the products.
   what leaves, so that a value near the limit saturates instead of becoming infinite and, a product later, NaN.
 - ``int8``: weights are int8 with a scale for each output channel. Activations are quantised when they come, with a
   scale for each *token*: unlike ONNX's DynamicQuantizeLinear, which takes one scale from the whole tensor, that
-  leaves the answer of one sequence untouched by its neighbours and its padding, and it is more accurate.
+  leaves the answer of one sequence untouched by its neighbours and its padding, and it is more accurate. What a
+  GELU gives is never far below zero, so nearly all 256 steps go to what is above.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,8 @@ from bertrt_export.quantize import QuantizedWeight, quantize_per_channel
 
 FLOAT16_LARGEST = 65504.0
 _TABLE = "embeddings.word_embeddings"
+_SMALLEST_SCALE = 1e-30
+_STEPS_BELOW_ZERO = 16
 
 
 class Weights(Protocol):
@@ -45,8 +48,15 @@ class Products(ABC):
         self.weights = weights
 
     @abstractmethod
-    def linear(self, x: str, name: str, *, quantize: bool = True) -> str:
-        """``x @ W.T`` of ``{name}.weight``, without its bias; ``quantize=False`` asks int8 for float32."""
+    def linear(self, x: str, name: str, *, quantize: bool = True, lowest: float | None = None) -> str:
+        """``x @ W.T`` of ``{name}.weight``, without its bias.
+
+        Args:
+            x: float32 ``[..., in]``.
+            name: of the layer.
+            quantize: false asks int8 for float32.
+            lowest: what no value of ``x`` is below, at most 0, where that is known.
+        """
 
     @abstractmethod
     def decoder(self, x: str, name: str, *, tied: bool) -> str:
@@ -68,7 +78,7 @@ class Products(ABC):
 class Float32Products(Products):
     """``fp32``: MatMul and Gemm on float32."""
 
-    def linear(self, x: str, name: str, *, quantize: bool = True) -> str:  # noqa: ARG002 - nothing to leave out
+    def linear(self, x: str, name: str, **quantization: bool | float | None) -> str:  # noqa: ARG002 - of int8
         """See `Products.linear`."""
         weight = self.emitter.weight(f"{name}.weight_t", lambda: self.weights.tensor(f"{name}.weight").T)
         return self.emitter.node("MatMul", [x, weight], name=name)
@@ -94,7 +104,7 @@ class Float16Products(Products):
         # One activation feeds several products (query, key and value): it is converted once.
         self._converted: dict[str, str] = {}
 
-    def linear(self, x: str, name: str, *, quantize: bool = True) -> str:  # noqa: ARG002 - nothing to leave out
+    def linear(self, x: str, name: str, **quantization: bool | float | None) -> str:  # noqa: ARG002 - of int8
         """See `Products.linear`."""
         weight = self.emitter.weight(
             f"{name}.weight_t", lambda: _to_float16(self.weights.tensor(f"{name}.weight").T)
@@ -132,6 +142,14 @@ class Float16Products(Products):
         return self.emitter.weight(source, lambda: _to_float16(self.weights.tensor(source)))
 
 
+class _Quantized(NamedTuple):
+    """Names of an activation's uint8 values, its float32 scale for each row, and its zero point."""
+
+    values: str
+    scale: str
+    zero_point: str
+
+
 class Int8Products(Products):
     """``int8``: int8 weights, activations quantised for each token."""
 
@@ -139,22 +157,22 @@ class Int8Products(Products):
         super().__init__(emitter, weights)
         self._dialect = dialect
         # One activation feeds several products (query, key and value): it is quantised once.
-        self._quantized: dict[str, tuple[str, str]] = {}
+        self._quantized: dict[str, _Quantized] = {}
 
-    def linear(self, x: str, name: str, *, quantize: bool = True) -> str:
+    def linear(self, x: str, name: str, *, quantize: bool = True, lowest: float | None = None) -> str:
         """See `Products.linear`."""
         if not quantize:
             return Float32Products(self.emitter, self.weights).linear(x, name)
         weight = _Once(lambda: quantize_per_channel(self.weights.tensor(f"{name}.weight")))
         values = self.emitter.weight(f"{name}.weight_q", lambda: weight().values.T)
         scale = self.emitter.weight(f"{name}.weight_scale", lambda: weight().scale)
-        return self._product(x, values, scale, name)
+        return self._product(self._quantize(x, lowest), values, scale, name)
 
     def decoder(self, x: str, name: str, *, tied: bool) -> str:
         """See `Products.decoder`; the table is stored once and turned when the engine is loaded."""
         values, scale = self._table(name, tied=tied)
         turned = self.emitter.node("Transpose", [values], name=name, perm=[1, 0])
-        return self._product(x, turned, scale, name)
+        return self._product(self._quantize(x, None), turned, scale, name)
 
     def words(self, ids: str) -> str:
         """See `Products.words`."""
@@ -172,33 +190,37 @@ class Int8Products(Products):
         values = self.emitter.weight(f"{source}_q", lambda: weight().values)
         return values, self.emitter.weight(f"{source}_scale", lambda: weight().scale)
 
-    def _quantize(self, x: str) -> tuple[str, str]:
-        """``x`` as uint8 around 128, and its scale for each row."""
+    def _quantize(self, x: str, lowest: float | None) -> _Quantized:
         if x not in self._quantized:
             emitter, name = self.emitter, f"{x}/quantize"
-            magnitude = emitter.node("Abs", [x], name=name)
+            if lowest is None:
+                # Symmetric around the middle.
+                zero, steps, floor = 128, 127, _SMALLEST_SCALE
+                magnitude = emitter.node("Abs", [x], name=name)
+            else:
+                # Just enough steps below zero for the lowest value at the finest scale that is allowed.
+                zero = 0 if lowest == 0 else _STEPS_BELOW_ZERO
+                steps, floor = 255 - zero, max(_SMALLEST_SCALE, -lowest / _STEPS_BELOW_ZERO)
+                magnitude = x
             largest = emitter.node("ReduceMax", [magnitude, emitter.integers(-1)], name=name, keepdims=1)
-            # A row of zeros still needs a scale that can divide.
-            largest = emitter.node("Max", [largest, emitter.scalar(1e-30)], name=name)
-            scale = emitter.node("Mul", [largest, emitter.scalar(1 / 127)], name=name)
+            scale = emitter.node("Mul", [largest, emitter.scalar(1 / steps)], name=name)
+            # The floor also gives a row of zeros a scale that can divide.
+            scale = emitter.node("Max", [scale, emitter.scalar(floor)], name=name)
             unit = emitter.node("Div", [x, scale], name=name)
-            values = emitter.node("QuantizeLinear", [unit, emitter.scalar(1.0), self._middle()], name=name)
-            self._quantized[x] = values, scale
+            zero_point = emitter.constant(f"uint8_{zero}", np.array(zero, np.uint8))
+            values = emitter.node("QuantizeLinear", [unit, emitter.scalar(1.0), zero_point], name=name)
+            self._quantized[x] = _Quantized(values, scale, zero_point)
         return self._quantized[x]
 
-    def _product(self, x: str, weight: str, weight_scale: str, name: str) -> str:
-        values, scale = self._quantize(x)
+    def _product(self, x: _Quantized, weight: str, weight_scale: str, name: str) -> str:
         if self._dialect == "ort":
-            inputs = [values, weight, self.emitter.scalar(1.0), weight_scale, self._middle()]
+            inputs = [x.values, weight, self.emitter.scalar(1.0), weight_scale, x.zero_point]
             product = self.emitter.node("MatMulIntegerToFloat", inputs, name=name, domain=MICROSOFT)
         else:
-            whole = self.emitter.node("MatMulInteger", [values, weight, self._middle()], name=name)
+            whole = self.emitter.node("MatMulInteger", [x.values, weight, x.zero_point], name=name)
             wide = self.emitter.node("Cast", [whole], name=name, to=TensorProto.FLOAT)
             product = self.emitter.node("Mul", [wide, weight_scale], name=name)
-        return self.emitter.node("Mul", [product, scale], name=name)
-
-    def _middle(self) -> str:
-        return self.emitter.constant("uint8_128", np.array(128, np.uint8))
+        return self.emitter.node("Mul", [product, x.scale], name=name)
 
 
 def make_products(
