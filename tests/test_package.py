@@ -32,5 +32,9 @@ def test_the_wheel_holds_the_packages_and_their_data(tmp_path: Path) -> None:
         text=True,
     ).stdout.splitlines()
     expected = {name.partition("/")[2] for name in tracked if (ROOT / name).is_file()}
-    assert {"bertrt_export/demo/model.safetensors", "bertrt_export/drift/page.css", "bertrt/py.typed"} <= expected
+    assert {
+        "bertrt_export/demo/model.safetensors",
+        "bertrt_export/drift/page.css",
+        "bertrt/py.typed",
+    } <= expected
     assert found == expected
