@@ -159,6 +159,14 @@ class GraphEmitter:
             self._values.append(helper.make_tensor_value_info(first, dtype, shape))
         return first
 
+    def reduce_rows(self, operator: str, x: str, *, name: str) -> str:
+        """Reduce each row of ``[rows, width]`` to ``[rows, 1]``, also where there are no rows.
+
+        Releases of ONNX Runtime up to 1.29 give ``[0, width]`` for no rows, which then fits nothing: hence the Reshape.
+        """
+        reduced = self.node(operator, [x, self.integers(-1)], name=name, keepdims=1)
+        return self.node("Reshape", [reduced, self.integers(-1, 1)], name=name)
+
     def build(self, name: str, *, doc: str) -> onnx.ModelProto:
         """The finished model."""
         graph = helper.make_graph(

@@ -136,9 +136,7 @@ class _Builder:
         rows = emitter.node("Reshape", [hidden, emitter.integers(-1, sizes.hidden_size)], name="cls/rows")
         rows = emitter.node("Gather", [rows, positions], name="cls/rows", axis=0)
         logits = self._vocabulary(rows)
-        total = emitter.node(
-            "ReduceLogSumExp", [logits, emitter.integers(-1)], name="cls/log_normalizer", keepdims=1
-        )
+        total = emitter.reduce_rows("ReduceLogSumExp", logits, name="cls/log_normalizer")
         best = emitter.node(
             "TopK", [logits, top_k], name="cls/top", outputs=2, output="cls/top:values", axis=-1
         )

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from bertrt.backends.base import Float32, TokenBatch, Wanted, check_request
 from bertrt.backends.onnxruntime import NAME, PaddedBlock, session_options
-from bertrt.errors import EngineFolderError
+from bertrt.errors import BackendRunError, EngineFolderError
 from bertrt.folder import EngineFolder
 from bertrt.machine import usable_cpus
 
@@ -55,13 +55,18 @@ class LayerProbe:
         """The embeddings' output and each layer's, ``[tokens, hidden]`` each, packed as the batch is.
 
         Raises:
+            BackendRunError: ONNX Runtime failed.
             InputError: see `bertrt.backends.base.check_request`.
         """
         manifest = self._manifest
         check_request(batch, Wanted(), manifest.architecture, manifest.heads)
         block = PaddedBlock(batch, np.arange(batch.num_sequences), Wanted())
         feeds = block.feeds(Wanted(), mlm=manifest.heads.mlm, pooler=manifest.heads.pooler)
-        return [states[block.real] for states in self._session.run(self._names, feeds)]
+        try:
+            outputs = self._session.run(self._names, feeds)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base but this
+            raise BackendRunError(f"onnxruntime failed to run the engine's layers: {error}") from error
+        return [states[block.real] for states in outputs]
 
     def close(self) -> None:
         """Release the session."""

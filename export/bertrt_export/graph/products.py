@@ -172,7 +172,7 @@ class Int8Products(Products):
         """See `Products.decoder`; the table is stored once and turned when the engine is loaded."""
         values, scale = self._table(name, tied=tied)
         turned = self.emitter.node("Transpose", [values], name=name, perm=[1, 0])
-        return self._product(self._quantize(x, None), turned, scale, name)
+        return self._product(self._quantize(x, None, may_be_empty=True), turned, scale, name)
 
     def words(self, ids: str) -> str:
         """See `Products.words`."""
@@ -190,7 +190,7 @@ class Int8Products(Products):
         values = self.emitter.weight(f"{source}_q", lambda: weight().values)
         return values, self.emitter.weight(f"{source}_scale", lambda: weight().scale)
 
-    def _quantize(self, x: str, lowest: float | None) -> _Quantized:
+    def _quantize(self, x: str, lowest: float | None, *, may_be_empty: bool = False) -> _Quantized:
         if x not in self._quantized:
             emitter, name = self.emitter, f"{x}/quantize"
             if lowest is None:
@@ -202,7 +202,10 @@ class Int8Products(Products):
                 zero = 0 if lowest == 0 else _STEPS_BELOW_ZERO
                 steps, floor = 255 - zero, max(_SMALLEST_SCALE, -lowest / _STEPS_BELOW_ZERO)
                 magnitude = x
-            largest = emitter.node("ReduceMax", [magnitude, emitter.integers(-1)], name=name, keepdims=1)
+            if may_be_empty:
+                largest = emitter.reduce_rows("ReduceMax", magnitude, name=name)
+            else:
+                largest = emitter.node("ReduceMax", [magnitude, emitter.integers(-1)], name=name, keepdims=1)
             scale = emitter.node("Mul", [largest, emitter.scalar(1 / steps)], name=name)
             # The floor also gives a row of zeros a scale that can divide.
             scale = emitter.node("Max", [scale, emitter.scalar(floor)], name=name)
