@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -294,6 +296,37 @@ def test_a_head_that_is_not_there(save_checkpoint: Any, small_bert: Any, tmp_pat
             backend.run(batch, wanted)
 
 
+def test_threads_default_to_the_processors_that_may_be_used(
+    demo_engine: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bertrt.backends.onnxruntime.usable_cpus", lambda: 3)
+    assert create_backend(None, EngineFolder.open(demo_engine("int8"))).threads == 3
+
+
+def test_close_during_a_run_lets_it_end(demo_engine: Callable[..., Path]) -> None:
+    backend = create_backend(None, EngineFolder.open(demo_engine("fp32")), 2)
+    batch = make_batch([300, 200])
+    expected = backend.run(batch, Wanted(hidden_states=True)).hidden_states
+    started, results = threading.Event(), []
+
+    def run() -> None:
+        started.set()
+        with contextlib.suppress(EngineClosedError):
+            while True:
+                results.append(backend.run(batch, Wanted(hidden_states=True)).hidden_states)
+
+    runner = threading.Thread(target=run)
+    runner.start()
+    started.wait()
+    while not results:
+        pass
+    backend.close()
+    runner.join(timeout=60)
+    assert not runner.is_alive()
+    for states in results:
+        np.testing.assert_allclose(states, expected, rtol=0, atol=1e-4)
+
+
 def test_int8_asks_for_products_that_do_not_saturate(demo_engine: Callable[..., Path]) -> None:
     manifest = EngineFolder.open(demo_engine("int8")).manifest
     entry = "session.x64quantprecision"
@@ -349,16 +382,55 @@ def test_a_truncated_graph_and_truncated_weights(spoiled: Path) -> None:
         create_backend(None, EngineFolder.open(spoiled))
 
 
-def test_a_graph_of_another_architecture(spoiled: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("vocab_size", 8000),
+        ("max_position_embeddings", 1024),
+        ("type_vocab_size", 3),
+        ("num_hidden_layers", 5),
+    ],
+)
+def test_a_graph_of_another_architecture(spoiled: Path, name: str, value: int) -> None:
     manifest = json.loads((spoiled / MANIFEST_NAME).read_text(encoding="utf-8"))
-    resign(spoiled, architecture={**manifest["architecture"], "vocab_size": 8000})
-    with pytest.raises(ShapeMismatchError, match="'mlm_logits' has width 8192.*says 8000"):
+    true = manifest["architecture"][name]
+    resign(spoiled, architecture={**manifest["architecture"], name: value})
+    with pytest.raises(ShapeMismatchError, match=f"built for {name} {true}.*says {value}"):
         create_backend(None, EngineFolder.open(spoiled))
 
 
-def test_a_manifest_without_a_graph(spoiled: Path) -> None:
-    resign(spoiled, backends={"onnxruntime": {}})
-    with pytest.raises(ManifestError, match="names no 'graph'"):
+@pytest.mark.parametrize("head", ["mlm", "nsp", "pooler"])
+def test_heads_that_are_not_the_graphs(
+    head: str, spoiled: Path, small_bert: Any, save_checkpoint: Any, tmp_path: Path
+) -> None:
+    """Too few heads in the manifest of a graph that has all, too many in that of a graph that has none."""
+    everything = {"mlm": True, "nsp": True, "pooler": True}
+    if head != "nsp":  # next sentence has no input of its own, so a graph that has it too does no harm
+        resign(spoiled, heads={**everything, head: False})
+        with pytest.raises(ShapeMismatchError, match="the graph's inputs are"):
+            create_backend(None, EngineFolder.open(spoiled))
+    plain = transformers.BertModel(small_bert().config, add_pooling_layer=False)
+    out = tmp_path / "plain"
+    with open_checkpoint(save_checkpoint(plain)) as checkpoint:
+        export_engine(checkpoint, out)
+    resign(out, heads={**dict.fromkeys(everything, False), head: True})
+    with pytest.raises(ShapeMismatchError, match="it is absent"):
+        create_backend(None, EngineFolder.open(out))
+
+
+def test_a_graph_from_elsewhere(spoiled: Path) -> None:
+    shutil.copy(spoiled / "model.onnx", spoiled / "engine.onnx")
+    resign(spoiled)
+    with pytest.raises(ShapeMismatchError, match="'hidden_states' has width none"):
+        create_backend(None, EngineFolder.open(spoiled))
+
+
+@pytest.mark.parametrize("role", ["graph", "weights"])
+def test_a_manifest_without_a_role(spoiled: Path, role: str) -> None:
+    roles = {"graph": "engine.onnx", "weights": "model.onnx_data"}
+    del roles[role]
+    resign(spoiled, backends={"onnxruntime": roles})
+    with pytest.raises(ManifestError, match=f"names no '{role}'"):
         create_backend(None, EngineFolder.open(spoiled))
 
 
@@ -366,10 +438,11 @@ def test_backends_that_cannot_run_say_why(spoiled: Path, monkeypatch: pytest.Mon
     folder = EngineFolder.open(spoiled)
     with pytest.raises(BackendUnavailableError, match="no backend 'nope'; there are onnxruntime"):
         create_backend("nope", folder)
-    with pytest.raises(InputError, match="threads must be at least 1"):
-        create_backend(None, folder, 0)
+    for threads in (0, -1, True, 1.5, "2", 10**9):
+        with pytest.raises(InputError, match="threads must be a whole number"):
+            create_backend(None, folder, threads)  # type: ignore[arg-type] # that is what is tested
     resign(spoiled, backends={"other": {"graph": "engine.onnx"}})
-    with pytest.raises(BackendUnavailableError, match="files for other only"):
+    with pytest.raises(BackendUnavailableError, match="has files for other only"):
         create_backend("onnxruntime", EngineFolder.open(spoiled))
     assert backend_status() == [
         BackendStatus(name="onnxruntime", available=True, version=backend_status()[0].version)

@@ -6,7 +6,7 @@ only (see ``bertrt_export.graph.model``), so what is not asked for costs nothing
 
 from __future__ import annotations
 
-import threading
+import json
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from bertrt.machine import usable_cpus
 from bertrt.manifest import Manifest
 
 NAME = "onnxruntime"
+# Under this key of its metadata a graph says, in JSON, which architecture it was built for.
+ARCHITECTURE_KEY = "bertrt.architecture"
 # A block may hold this many padded tokens for each real one; beyond, sequences go to a block of their own.
 _PADDING_LIMIT = 1.15
 # Below this many tokens a block costs about the same however small it is, so small blocks are not split further.
@@ -41,8 +43,11 @@ class OnnxRuntimeBackend:
     def __init__(self, folder: EngineFolder, *, threads: int | None = None) -> None:
         manifest = folder.manifest
         roles = manifest.backends[NAME]
-        if "graph" not in roles:
-            raise ManifestError(f"engine.json: backend {NAME!r} names no 'graph'; export the engine again")
+        for role in ("graph", "weights"):
+            if role not in roles:
+                raise ManifestError(
+                    f"engine.json: backend {NAME!r} names no {role!r}; export the engine again"
+                )
         self._architecture = manifest.architecture
         self._heads = manifest.heads
         self._threads = threads or usable_cpus()
@@ -57,8 +62,6 @@ class OnnxRuntimeBackend:
                 f"{_first_line(error)}; export the engine again, or update onnxruntime"
             ) from error
         _check_interface(self._session, manifest)
-        self._running = 0
-        self._state = threading.Condition()
 
     @property
     def name(self) -> str:
@@ -73,23 +76,14 @@ class OnnxRuntimeBackend:
     def run(self, batch: TokenBatch, wanted: Wanted) -> BatchOutput:
         """See `bertrt.backends.base.Backend.run`."""
         check_request(batch, wanted, self._architecture, self._heads)
-        with self._state:
-            if self._session is None:
-                raise EngineClosedError("the engine is closed; load it again")
-            session = self._session
-            self._running += 1
-        try:
-            return self._run(session, batch, wanted)
-        finally:
-            with self._state:
-                self._running -= 1
-                self._state.notify_all()
+        session = self._session
+        if session is None:
+            raise EngineClosedError("the engine is closed; load it again")
+        return self._run(session, batch, wanted)
 
     def close(self) -> None:
-        """Wait for the runs under way, then release the session."""
-        with self._state:
-            self._session = None
-            self._state.wait_for(lambda: self._running == 0)
+        """Let go of the session; runs under way still have it, and end as if nothing had happened."""
+        self._session = None
 
     def _run(self, session: onnxruntime.InferenceSession, batch: TokenBatch, wanted: Wanted) -> BatchOutput:
         blocks = split_by_length(batch.lengths)
@@ -209,6 +203,16 @@ def session_options(manifest: Manifest, threads: int) -> onnxruntime.SessionOpti
 
 def _check_interface(session: onnxruntime.InferenceSession, manifest: Manifest) -> None:
     sizes, heads = manifest.architecture, manifest.heads
+    try:
+        built_for = json.loads(session.get_modelmeta().custom_metadata_map.get(ARCHITECTURE_KEY, "{}"))
+    except ValueError:
+        built_for = {}
+    for name, value in sizes.to_json().items():
+        if built_for.get(name) != value:
+            raise ShapeMismatchError(
+                f"the graph was built for {name} {built_for.get(name, 'unknown')}, the manifest's architecture "
+                f"says {value}; export the engine again"
+            )
     expected: dict[str, int] = {"hidden_states": sizes.hidden_size}
     if heads.mlm:
         expected["mlm_logits"] = sizes.vocab_size
@@ -216,13 +220,21 @@ def _check_interface(session: onnxruntime.InferenceSession, manifest: Manifest) 
         expected["pooled"] = sizes.hidden_size
     if heads.nsp:
         expected["nsp_logits"] = 2
-    found = {output.name: output.shape[-1] for output in session.get_outputs()}
+    found = {output.name: output.shape[-1] for output in session.get_outputs() if output.shape}
     for name, width in expected.items():
         if found.get(name) != width:
             raise ShapeMismatchError(
                 f"the graph's output {name!r} has width {found.get(name, 'none: it is absent')}, the manifest's "
                 f"architecture says {width}; export the engine again"
             )
+    inputs = {"input_ids", "attention_mask", "token_type_ids"}
+    inputs |= {"mlm_positions", "mlm_candidates", "mlm_top_k"} if heads.mlm else set()
+    inputs |= {"pooled_sequences"} if heads.pooler else set()
+    if (given := {value.name for value in session.get_inputs()}) != inputs:
+        raise ShapeMismatchError(
+            f"the graph's inputs are {', '.join(sorted(given))}; the manifest's heads imply "
+            f"{', '.join(sorted(inputs))}; export the engine again"
+        )
 
 
 def _output_names(wanted: Wanted) -> list[str]:

@@ -12,6 +12,9 @@ from bertrt.backends.base import Backend
 from bertrt.errors import BackendUnavailableError, InputError
 from bertrt.folder import EngineFolder
 
+# No machine of today has more processors; a larger number is a slip, and would start as many threads.
+_MOST_THREADS = 4096
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendStatus:
@@ -56,16 +59,20 @@ def create_backend(name: str | None, folder: EngineFolder, threads: int | None =
     """
     if name is not None and name not in _BACKENDS:
         raise BackendUnavailableError(f"there is no backend {name!r}; there are {', '.join(_BACKENDS)}")
-    if threads is not None and threads < 1:
-        raise InputError(f"threads must be at least 1, got {threads}")
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= _MOST_THREADS):
+        raise InputError(f"threads must be a whole number from 1 to {_MOST_THREADS}, got {threads!r}")
     reasons = []
     for candidate in [name] if name else list(_BACKENDS):
         status = _BACKENDS[candidate].status()
         if not status.available:
             reasons.append(f"{candidate}: {status.reason}")
         elif candidate not in folder.manifest.backends:
-            held = ", ".join(folder.manifest.backends) or "no backend at all"
-            reasons.append(f"{candidate}: the engine folder has files for {held} only")
+            held = (
+                f"files for {', '.join(folder.manifest.backends)} only"
+                if folder.manifest.backends
+                else "none"
+            )
+            reasons.append(f"{candidate}: of the files that it needs the engine folder has {held}")
         else:
             return _BACKENDS[candidate].create(folder, threads)
     raise BackendUnavailableError(f"no backend can run this engine here ({'; '.join(reasons)})")

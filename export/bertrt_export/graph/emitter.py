@@ -167,8 +167,8 @@ class GraphEmitter:
         reduced = self.node(operator, [x, self.integers(-1)], name=name, keepdims=1)
         return self.node("Reshape", [reduced, self.integers(-1, 1)], name=name)
 
-    def build(self, name: str, *, doc: str) -> onnx.ModelProto:
-        """The finished model."""
+    def build(self, name: str, *, doc: str, metadata: dict[str, str]) -> onnx.ModelProto:
+        """The finished model; ``metadata`` is what a session shows of it."""
         graph = helper.make_graph(
             self._nodes,
             name,
@@ -181,13 +181,15 @@ class GraphEmitter:
         opsets = [helper.make_opsetid("", self._opset)]
         if MICROSOFT in domains:
             opsets.append(helper.make_opsetid(MICROSOFT, 1))
-        return helper.make_model(
+        model = helper.make_model(
             graph,
             opset_imports=opsets,
             ir_version=helper.find_min_ir_version_for([helper.make_opsetid("", self._opset)]),
             producer_name="bertrt",
             doc_string=doc,
         )
+        helper.set_model_props(model, metadata)
+        return model
 
 
 def count_operators(model: onnx.ModelProto) -> dict[str, int]:

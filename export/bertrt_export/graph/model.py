@@ -12,12 +12,14 @@ One set of weights, two graphs:
 
 from __future__ import annotations
 
+import json
 from typing import Literal, Protocol
 
 import onnx
 from onnx import TensorProto
 
 from bertrt.architecture import BertArchitecture
+from bertrt.backends.onnxruntime import ARCHITECTURE_KEY
 from bertrt.errors import ExportError
 from bertrt.manifest import Dialect, Heads, Precision
 from bertrt_export.graph.dialects import LOWEST, OnnxOperators, OrtOperators, make_operators
@@ -104,7 +106,7 @@ class _Builder:
             if heads.nsp:
                 relation = self._next_sentence(pooled)
                 emitter.output(relation, "seq_relationship_logits", FLOAT, ["batch", 2])
-        return emitter.build("bert", doc=f"BERT, {self._precision}, {self._dialect} dialect")
+        return self._build("BERT")
 
     def engine(self) -> onnx.ModelProto:
         """The graph that the runtime runs: heads on the rows that are named."""
@@ -124,8 +126,13 @@ class _Builder:
             emitter.output(pooled, "pooled", FLOAT, ["pooled", sizes.hidden_size])
             if heads.nsp:
                 emitter.output(self._next_sentence(pooled), "nsp_logits", FLOAT, ["pooled", 2])
-        return emitter.build(
-            "bert", doc=f"BERT for the BertRT runtime, {self._precision}, {self._dialect} dialect"
+        return self._build("BERT for the BertRT runtime")
+
+    def _build(self, what: str) -> onnx.ModelProto:
+        return self._emitter.build(
+            "bert",
+            doc=f"{what}, {self._precision}, {self._dialect} dialect",
+            metadata={ARCHITECTURE_KEY: json.dumps(self._architecture.to_json())},
         )
 
     def _masked_lm(self, hidden: str) -> None:
