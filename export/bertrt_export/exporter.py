@@ -23,7 +23,6 @@ _NOTABLE = (
     "Attention",
     "MultiHeadAttention",
     "EmbedLayerNormalization",
-    "SkipLayerNormalization",
     "LayerNormalization",
     "BiasGelu",
     "FastGelu",

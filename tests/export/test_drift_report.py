@@ -14,10 +14,11 @@ import pytest
 
 from bertrt.architecture import BertArchitecture
 from bertrt.errors import EngineFolderError
-from bertrt.folder import EngineFolder
-from bertrt.manifest import Heads, Manifest, Source
+from bertrt.folder import MANIFEST_NAME, EngineFolder
+from bertrt.manifest import FileRecord, Heads, Manifest, Source
 from bertrt_export.drift import keep
 from bertrt_export.drift.budgets import check_budgets, resolve_budgets
+from bertrt_export.drift.chart import layer_chart
 from bertrt_export.drift.figures import FIGURES
 from bertrt_export.drift.keep import check_writable, keep_in_engine, keep_in_folder
 from bertrt_export.drift.prompts import BiasDrift, Lean, Prediction, PromptDrift
@@ -249,6 +250,16 @@ def test_any_number_of_layers_has_a_chart() -> None:
             assert 0 <= float(bar.attrib["y"]) <= 260
 
 
+@pytest.mark.parametrize("limit", [0.0, 20.0, 500.0, 1e9])
+@pytest.mark.parametrize("snr", [0.5, 31.0, 3000.0])
+def test_the_chart_holds_any_budget(limit: float, snr: float) -> None:
+    svg = layer_chart([LayerDrift(name="layer 1", snr_db=snr, non_finite=0)], limit)
+    picture = ET.fromstring(svg[: svg.index("</svg>") + 6])  # noqa: S314 - our own chart
+    lines = list(picture.iter("line"))
+    assert 3 <= len(lines) <= 14
+    assert all(0 <= float(line.attrib["y1"]) <= 260 for line in lines)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> EngineFolder:
     manifest = Manifest(
@@ -360,3 +371,14 @@ def test_a_folder_is_tried_before_the_work(tmp_path: Path) -> None:
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(EngineFolderError, match=r"cannot keep .* pass --out-dir .* or --no-save"):
             check_writable(path)
+
+
+def test_an_engine_that_was_replaced_meanwhile_is_left_alone(folder: EngineFolder) -> None:
+    record = FileRecord(size=0, sha256="e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855")
+    (folder.path / "other.onnx").touch()
+    folder.replace_manifest(replace(folder.manifest, files={**folder.manifest.files, "other.onnx": record}))
+    before = (folder.path / MANIFEST_NAME).read_bytes()
+    with pytest.raises(EngineFolderError, match="replaced while it was measured; run drift again"):
+        keep_in_engine(folder, make_report())
+    assert (folder.path / MANIFEST_NAME).read_bytes() == before
+    assert not (folder.path / "drift.json").exists()

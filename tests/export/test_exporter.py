@@ -145,6 +145,19 @@ def test_weights_that_are_not_finite(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_out_of_reach_of_float16(small_bert: Any, save_checkpoint: Any, tmp_path: Path) -> None:
+    model = small_bert()
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[2, 3] = -1e5
+    folder = save_checkpoint(model)
+    with (
+        open_checkpoint(folder) as checkpoint,
+        pytest.raises(ExportError, match=r"layer\.1\.output\.dense' reach 1e\+05.*fp32 or int8"),
+    ):
+        export_engine(checkpoint, tmp_path / "engine", precision="fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_weights_out_of_reach_of_float32(small_bert: Any, save_checkpoint: Any, tmp_path: Path) -> None:
     model = small_bert()
     with torch.no_grad():
@@ -205,8 +218,10 @@ def test_killed_politely_in_the_middle(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    # Once the partial folder is there the export is under way; a large model takes long enough to be caught.
-    while not list(tmp_path.iterdir()) and process.poll() is None:
+    # Once there are some megabytes of weights the export is under way; a large model takes long enough.
+    while process.poll() is None:
+        if any(path.stat().st_size > 4 << 20 for path in tmp_path.glob(".engine.*/model.onnx_data")):
+            break
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

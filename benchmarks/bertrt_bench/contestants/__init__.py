@@ -13,7 +13,6 @@ from bertrt_bench.contestants.base import (
     Factory,
     Run,
     Setup,
-    as_float32,
     load_factory,
 )
 
@@ -49,6 +48,5 @@ __all__ = [
     "Factory",
     "Run",
     "Setup",
-    "as_float32",
     "load_factory",
 ]

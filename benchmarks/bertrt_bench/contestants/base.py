@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from bertrt.errors import MeasurementError
@@ -115,8 +114,3 @@ def load_factory(name: str) -> Factory:
     if not callable(factory):
         raise MeasurementError(f"there is no contestant {name!r}: expected 'module:function'")
     return factory  # type: ignore[no-any-return]  # found by name; the worker checks what it returns
-
-
-def as_float32(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """The array itself if it is float32 already."""
-    return np.asarray(array, dtype=np.float32)

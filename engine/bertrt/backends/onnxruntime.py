@@ -140,8 +140,10 @@ class PaddedBlock:
         if mlm:
             candidates = wanted.mlm_candidates
             feeds["mlm_positions"] = self.positions
+            # Log-probabilities are taken at as many positions as there are rows of candidates.
+            scored = len(self.chosen) if wanted.mlm_top_k else 0
             feeds["mlm_candidates"] = (
-                np.zeros((len(self.chosen), 0), np.int64) if candidates is None else candidates[self.chosen]
+                np.zeros((scored, 0), np.int64) if candidates is None else candidates[self.chosen]
             )
             feeds["mlm_top_k"] = np.array([wanted.mlm_top_k], np.int64)
         if pooler:

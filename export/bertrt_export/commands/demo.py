@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import io
+import json
 import shlex
-import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from bertrt.cli import main
 from bertrt.cli.command import EXIT_OK, Command
+from bertrt.cli.console import emit, note
 from bertrt.manifest import Precision
 
 _TEXTS = (
@@ -32,7 +35,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=get_args(Precision), default="int8", help="of the engine (default int8)"
     )
-    parser.set_defaults(json=False)
 
 
 def _steps(out: str, precision: str) -> list[tuple[str, ...]]:
@@ -51,16 +53,35 @@ def _steps(out: str, precision: str) -> list[tuple[str, ...]]:
 def _run(args: argparse.Namespace) -> int:
     # The last two hold the engine against PyTorch.
     reference = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    answers, code = [], EXIT_OK
     for step in _steps(str(args.out), args.precision):
         if step[0] in {"drift", "bench"} and not reference:
-            print(
-                f'bertrt: left out "bertrt {step[0]}": it needs pip install "bertrt[torch]"', file=sys.stderr
-            )
+            note(f'left out "bertrt {step[0]}": it needs pip install "bertrt[torch]"')
             continue
-        print(f"\n$ bertrt {shlex.join(step)}", flush=True)
-        if code := main(step):
-            return code
-    return EXIT_OK
+        if args.json:
+            code, answer = _captured(step)
+            answers.append({"command": ["bertrt", *step], "exit_code": code, "answer": answer})
+        else:
+            print(f"\n$ bertrt {shlex.join(step)}", flush=True)
+            code = main(step)
+        if code != EXIT_OK:
+            break
+    if args.json:
+        emit(answers, as_json=True)
+    return code
+
+
+def _captured(step: tuple[str, ...]) -> tuple[int, list[Any]]:
+    """Run a step with JSON on its standard output; its exit code and the values that it wrote."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        # bench takes the place of its JSON, and writes it over many lines.
+        code = main([*step, "--json", *(["-"] if step[0] == "bench" else [])])
+    text = output.getvalue()
+    try:
+        return code, [json.loads(text)]
+    except ValueError:
+        return code, [json.loads(line) for line in text.splitlines() if line]
 
 
 COMMAND = Command(

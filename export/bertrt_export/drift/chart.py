@@ -21,8 +21,11 @@ def layer_chart(layers: Sequence[LayerDrift], limit: float | None) -> str:
     A layer without noise has a bar of full height, one without signal none; the label says which it is.
     """
     finite = [layer.snr_db for layer in layers if math.isfinite(layer.snr_db)]
-    step = _step(max([20.0, *finite, limit or 0.0]))
-    top = step * math.ceil(max([20.0, *finite, limit or 0.0]) * 1.05 / step)
+    highest = max([20.0, *finite])
+    # A budget far above every bar would press them flat; its line then lies at the top.
+    highest = max(highest, min(limit or 0.0, 2 * highest))
+    step = _step(highest)
+    top = step * math.ceil(highest * 1.05 / step)
     height = _HEIGHT - _TOP - _BOTTOM
     slot = (_WIDTH - _LEFT - _RIGHT) / len(layers)
 
@@ -69,4 +72,7 @@ def layer_chart(layers: Sequence[LayerDrift], limit: float | None) -> str:
 
 def _step(highest: float) -> float:
     """Distance of the grid's lines: five to ten of them, at round numbers."""
-    return next(step for step in (5.0, 10.0, 20.0, 50.0, math.inf) if highest / step <= 8)
+    step = 5.0
+    while highest / step > 8:
+        step *= 2
+    return step

@@ -39,9 +39,16 @@ def keep_in_engine(folder: EngineFolder, report: DriftReport) -> EngineFolder:
     that of the files beside it, wherever the work may be interrupted.
 
     Raises:
-        EngineFolderError: the folder cannot be written.
+        EngineFolderError: the folder cannot be written, or holds another engine by now.
     """
     files = _render(report)
+    # The engine may have been exported again during the measurement: the report is then not this one's.
+    there = EngineFolder.open(folder.path, verify=False)
+    if there.manifest.files != folder.manifest.files:
+        raise EngineFolderError(
+            f"the engine {str(folder.path)!r} was replaced while it was measured; run drift again"
+        )
+    folder = there
     try:
         if folder.manifest.drift is not None:
             folder = folder.replace_manifest(folder.manifest.with_drift(None))

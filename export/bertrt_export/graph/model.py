@@ -138,24 +138,28 @@ class _Builder:
     def _masked_lm(self, hidden: str) -> None:
         emitter, sizes = self._emitter, self._architecture
         positions = emitter.input("mlm_positions", INT64, ["positions"])
-        candidates = emitter.input("mlm_candidates", INT64, ["positions", "candidates"])
+        candidates = emitter.input("mlm_candidates", INT64, ["scored", "candidates"])
         top_k = emitter.input("mlm_top_k", INT64, [1])
         rows = emitter.node("Reshape", [hidden, emitter.integers(-1, sizes.hidden_size)], name="cls/rows")
         rows = emitter.node("Gather", [rows, positions], name="cls/rows", axis=0)
         logits = self._vocabulary(rows)
+        emitter.output(logits, "mlm_logits", FLOAT, ["positions", sizes.vocab_size])
+        # Who wants the logits alone sends no rows of candidates, and nothing below has any work.
+        scored = emitter.node("Shape", [candidates], name="cls/scored", start=0, end=1)
+        first = emitter.integers(0)
+        logits = emitter.node("Slice", [logits, first, scored, first], name="cls/scored")
         total = emitter.reduce_rows("ReduceLogSumExp", logits, name="cls/log_normalizer")
         best = emitter.node(
             "TopK", [logits, top_k], name="cls/top", outputs=2, output="cls/top:values", axis=-1
         )
         chosen = emitter.node("GatherElements", [logits, candidates], name="cls/candidates", axis=-1)
-        emitter.output(logits, "mlm_logits", FLOAT, ["positions", sizes.vocab_size])
-        emitter.output("cls/top/TopK:1", "mlm_top_ids", INT64, ["positions", "top_k"])
+        emitter.output("cls/top/TopK:1", "mlm_top_ids", INT64, ["scored", "top_k"])
         for value, output, width in (
             (best, "mlm_top_log_probs", "top_k"),
             (chosen, "mlm_candidate_log_probs", "candidates"),
         ):
             log_probs = emitter.node("Sub", [value, total], name=output)
-            emitter.output(log_probs, output, FLOAT, ["positions", width])
+            emitter.output(log_probs, output, FLOAT, ["scored", width])
 
     @property
     def _one_node_embeddings(self) -> bool:

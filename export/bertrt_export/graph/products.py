@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
+from bertrt.errors import ExportError
 from bertrt.manifest import Dialect, Precision
 from bertrt_export.graph.emitter import MICROSOFT, GraphEmitter
 from bertrt_export.quantize import QuantizedWeight, quantize_per_channel
@@ -66,9 +67,9 @@ class Products(ABC):
     def words(self, ids: str) -> str:
         """Rows of the word embeddings for int32 ids, as float32."""
 
-    def vector(self, name: str, make: Callable[[], npt.NDArray[np.float32]] | None = None) -> str:
+    def vector(self, name: str) -> str:
         """A float32 initializer: biases, LayerNorm parameters, small tables."""
-        return self.emitter.weight(name, make or (lambda: self.weights.tensor(name)))
+        return self.emitter.weight(name, lambda: self.weights.tensor(name))
 
     def bias(self, name: str) -> str:
         """The bias ``{name}.bias``."""
@@ -107,7 +108,7 @@ class Float16Products(Products):
     def linear(self, x: str, name: str, **quantization: bool | float | None) -> str:  # noqa: ARG002 - of int8
         """See `Products.linear`."""
         weight = self.emitter.weight(
-            f"{name}.weight_t", lambda: _to_float16(self.weights.tensor(f"{name}.weight").T)
+            f"{name}.weight_t", lambda: _to_float16(self.weights.tensor(f"{name}.weight"), name).T
         )
         product = self.emitter.node("MatMul", [self._enter(x), weight], name=name)
         return self._leave(product, name)
@@ -139,7 +140,7 @@ class Float16Products(Products):
 
     def _table(self, name: str, *, tied: bool) -> str:
         source = f"{_TABLE if tied else name}.weight"
-        return self.emitter.weight(source, lambda: _to_float16(self.weights.tensor(source)))
+        return self.emitter.weight(source, lambda: _to_float16(self.weights.tensor(source), source))
 
 
 class _Quantized(NamedTuple):
@@ -250,5 +251,11 @@ class _Once:
         return self._result
 
 
-def _to_float16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
-    return np.clip(values, -FLOAT16_LARGEST, FLOAT16_LARGEST).astype(np.float16)
+def _to_float16(values: npt.NDArray[np.float32], name: str) -> npt.NDArray[np.float16]:
+    largest = float(np.abs(values).max())
+    if largest > FLOAT16_LARGEST:
+        raise ExportError(
+            f"the weights of {name!r} reach {largest:.4g}, float16 ends at {FLOAT16_LARGEST:.0f}; "
+            "export with --precision fp32 or int8"
+        )
+    return values.astype(np.float16)
