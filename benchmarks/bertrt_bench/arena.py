@@ -149,8 +149,9 @@ class Arena:
         return contestant.time(self.cases.index(case), case, warmup=warmup, runs=runs, seconds=seconds)
 
     def _ask_questions(self, scratch: Path) -> None:
-        architecture = self._folder.manifest.architecture
-        special = SpecialIds.of(WordPieceTokenizer.from_folder(self._folder.path))
+        manifest = self._folder.manifest
+        architecture = manifest.architecture
+        special = SpecialIds.of(WordPieceTokenizer.from_folder(self._folder.path, manifest.files))
         for index, case in enumerate(self.cases):
             folder = scratch / f"question-{index}"
             folder.mkdir()

@@ -58,11 +58,21 @@ class BertArchitecture:
     def from_config(cls, config: Mapping[str, Any]) -> BertArchitecture:
         """Read a Hugging Face ``config.json``.
 
+        One without ``model_type``, as early releases of transformers wrote it, is BERT's unless its
+        ``architectures`` name another class.
+
         Raises:
             UnsupportedModelError: not BERT, or a BERT with a part that is not implemented; names the part.
         """
         model_type = config.get("model_type")
-        if model_type != "bert":
+        if "model_type" not in config:
+            classes = config.get("architectures") or []
+            if not isinstance(classes, list) or not all(str(name).startswith("Bert") for name in classes):
+                raise UnsupportedModelError(
+                    f"config.json has no model_type, and says architectures={classes!r}; BertRT runs BERT "
+                    "only: choose another, or add the model_type"
+                )
+        elif model_type != "bert":
             raise UnsupportedModelError(
                 f"config.json says model_type={model_type!r}; BertRT runs 'bert' only: choose another"
             )
@@ -112,8 +122,10 @@ class BertArchitecture:
         names = {field.name for field in fields(cls)}
         if not isinstance(value, Mapping) or set(value) != names:
             raise ManifestError(f"engine.json: 'architecture' must hold exactly {', '.join(sorted(names))}")
-        if value["hidden_act"] not in set(_ACTIVATIONS.values()):
-            raise ManifestError(f"engine.json: unknown hidden_act {value['hidden_act']!r}")
+        # A list or an object has no place in a set: its type comes first.
+        activation = value["hidden_act"]
+        if not isinstance(activation, str) or activation not in set(_ACTIVATIONS.values()):
+            raise ManifestError(f"engine.json: unknown hidden_act {activation!r}; export the engine again")
         problem = _problem(value)
         if problem:
             raise ManifestError(f"engine.json: architecture: {problem}")

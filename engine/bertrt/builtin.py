@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import cast
 
 from bertrt.errors import EngineFolderError, ExportError
-from bertrt.folder import EngineFolder
+from bertrt.folder import MANIFEST_NAME, EngineFolder
 
 # An entry point of this group is a callable that writes an engine folder to the path that it is given.
 # The runtime finds the exporter through it and need not import it.
@@ -22,12 +22,14 @@ GROUP = "bertrt.builtin_engines"
 def resolve(path: str | os.PathLike[str], *, verify: bool = True) -> Path:
     """Return the engine folder that a path or a built-in name means.
 
-    An existing folder wins. A name among the entry points of the group ``bertrt.builtin_engines`` means an
-    engine in the user's cache folder, which is exported when it is not there or no longer opens. Processes
-    that ask at once wait for one another, and one of them exports. Anything else is returned as it came.
+    An engine folder that is there wins. A name among the entry points of the group
+    ``bertrt.builtin_engines`` means an engine in the user's cache folder, which is exported when it is not
+    there or no longer opens. Processes that ask at once wait for one another, and one of them exports.
+    Anything else is returned as it came.
 
     The cache folder is ``$BERTRT_CACHE``, else ``$XDG_CACHE_HOME/bertrt``, else ``~/.cache/bertrt``. An
-    engine in it is kept for each release of BertRT.
+    engine in it is kept for each release of BertRT, and for each ``version`` (a str) that the entry point may
+    have as an attribute: it changes when another engine would be exported.
 
     Args:
         path: a folder or a name.
@@ -37,7 +39,7 @@ def resolve(path: str | os.PathLike[str], *, verify: bool = True) -> Path:
         ExportError: the exporter is not installed or failed, or the cache folder cannot be written.
     """
     name = os.fspath(path)
-    if Path(name).is_dir():
+    if os.path.isfile(os.path.join(name, MANIFEST_NAME)):  # noqa: PTH113,PTH118 - False for an impossible name
         return Path(name)
     # An editable installation beside another lists an entry point twice; they are the same.
     entry = next(iter(entry_points(group=GROUP, name=name)), None)
@@ -45,18 +47,24 @@ def resolve(path: str | os.PathLike[str], *, verify: bool = True) -> Path:
         return Path(name)
     from bertrt import __version__
 
-    target = cache_folder() / f"{name}-{__version__}-fp32"
+    export = _load(entry)
+    parts = (name, __version__, getattr(export, "version", None), "fp32")
+    target = cache_folder() / "-".join(filter(None, parts))
     if _opens(target, verify=verify):
         return target
     try:
         with _locked(target.with_name(f".{target.name}.lock")):
             if not _opens(target, verify=verify):  # or else another process has just made it
-                _export(entry, target)
-    except OSError as error:
+                _export(name, export, target)
+    except (OSError, ExportError) as error:
+        # The exporter's own words name a folder that nobody asked for.
+        cause = error.__cause__ if isinstance(error, ExportError) else error
+        if not isinstance(cause, OSError):
+            raise
         raise ExportError(
             f"cannot write the built-in engine {name!r} to the cache folder {str(target.parent)!r}: "
-            f"{error.strerror or error}; set BERTRT_CACHE to a folder that can be written"
-        ) from error
+            f"{cause.strerror or cause}; set BERTRT_CACHE to a folder that can be written"
+        ) from cause
     return target
 
 
@@ -83,7 +91,7 @@ def cache_folder() -> Path:
 def _opens(folder: Path, *, verify: bool) -> bool:
     try:
         EngineFolder.open(folder, verify=verify)
-    except (EngineFolderError, OSError):
+    except EngineFolderError:
         return False
     return True
 
@@ -97,7 +105,23 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _export(entry: EntryPoint, target: Path) -> None:
+def _load(entry: EntryPoint) -> Callable[[Path], object]:
+    with _importing(entry.name):
+        return cast(Callable[[Path], object], entry.load())
+
+
+@contextlib.contextmanager
+def _importing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ExportError(
+            f"the built-in engine {name!r} is made by the exporter, which cannot be imported here "
+            f'({error}); install it with: pip install "bertrt[export]"'
+        ) from error
+
+
+def _export(name: str, export: Callable[[Path], object], target: Path) -> None:
     """Export beside the target and rename; only the holder of the lock is here."""
     # One fixed name: what a killed process left in it is swept away by the next.
     staging = target.with_name(f".{target.name}.partial")
@@ -105,14 +129,8 @@ def _export(entry: EntryPoint, target: Path) -> None:
     staging.mkdir()
     try:
         made = staging / target.name
-        try:
-            export = cast(Callable[[Path], object], entry.load())
+        with _importing(name):
             export(made)
-        except ImportError as error:
-            raise ExportError(
-                f"the built-in engine {entry.name!r} is made by the exporter, which cannot be imported here "
-                f'({error}); install it with: pip install "bertrt[export]"'
-            ) from error
         EngineFolder.open(made)
         _remove(target)
         made.replace(target)

@@ -11,8 +11,8 @@ from typing import Literal, Self, cast, overload
 from bertrt.architecture import BertArchitecture
 from bertrt.backends.base import Backend, Float32
 from bertrt.batching import DEFAULT_TOKEN_BUDGET
-from bertrt.errors import EngineClosedError, InputError, ShapeMismatchError
-from bertrt.folder import EngineFolder
+from bertrt.errors import EngineClosedError, InputError, ManifestError, ShapeMismatchError
+from bertrt.folder import EngineFolder, load_whole
 from bertrt.manifest import Heads, Manifest
 from bertrt.tasks import features as _features
 from bertrt.tasks import fill_mask as _fill_mask
@@ -24,6 +24,8 @@ from bertrt.tasks.fill_mask import DEFAULT_MAX_MASKS, DEFAULT_TOP_K, TextPredict
 from bertrt.tasks.next_sentence import PairOverflow
 from bertrt.tasks.score import PseudoLikelihood, ScoreOverflow
 from bertrt.tokenization import Overflow, WordPieceTokenizer
+
+_TOKENIZER_NAME = "tokenizer.json"
 
 
 class Engine:
@@ -90,6 +92,8 @@ class Engine:
     ) -> Self:
         """Open an engine folder.
 
+        A folder that is replaced at this moment is loaded again, so that no engine mixes the files of two.
+
         Args:
             path: the folder, or the name of a built-in engine: ``"demo"`` is exported into the user's cache
                 folder when it is first asked for (see `bertrt.builtin.resolve`).
@@ -100,18 +104,35 @@ class Engine:
 
         Raises:
             EngineFolderError: the folder is not there, or cannot be trusted; each violation has its class.
+                Also one that is replaced again and again.
             TokenizerError: its tokenizer cannot be read.
             BackendUnavailableError: the backend cannot run here; says why.
             BackendRunError: the backend could not load the model.
             ExportError: the built-in engine could not be made.
         """
-        # Imported when an engine is loaded: they read the package metadata and the backends' libraries.
-        from bertrt.backends.registry import create_backend
+        # Imported when an engine is loaded: it reads the package metadata.
         from bertrt.builtin import resolve
 
-        folder = EngineFolder.open(resolve(path, verify=verify), verify=verify)
-        tokenizer = WordPieceTokenizer.from_folder(folder.path)
         token_budget = check_integer(token_budget, name="token_budget")
+        return load_whole(
+            resolve(path, verify=verify),
+            lambda folder: cls._of_folder(folder, backend, threads, token_budget),
+            discard=cls.close,
+            verify=verify,
+        )
+
+    @classmethod
+    def _of_folder(
+        cls, folder: EngineFolder, backend: str | None, threads: int | None, token_budget: int
+    ) -> Self:
+        # Imported when an engine is loaded: it looks for the backends' libraries.
+        from bertrt.backends.registry import create_backend
+
+        if _TOKENIZER_NAME not in folder.manifest.files:
+            raise ManifestError(
+                f"engine.json: {_TOKENIZER_NAME!r} is not among 'files'; export the engine again"
+            )
+        tokenizer = WordPieceTokenizer.from_folder(folder.path, folder.manifest.files)
         running = create_backend(backend, folder, threads)
         try:
             return cls(

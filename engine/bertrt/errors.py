@@ -48,7 +48,15 @@ class BertRTError(Exception):
 
 
 class InputError(BertRTError, ValueError):
-    """An argument or a text that cannot be answered as it was given."""
+    """An argument or a text that cannot be answered as it was given.
+
+    Attributes:
+        index: of the text or pair at fault among those of the call; ``None`` where it is not one of them.
+    """
+
+    def __init__(self, message: str = "", *, index: int | None = None) -> None:
+        super().__init__(message)
+        self.index = index
 
 
 class EmptyTextError(InputError):

@@ -7,11 +7,13 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from bertrt.errors import (
+    BertRTError,
     EngineFolderError,
     EngineNotFoundError,
     ExportError,
@@ -26,6 +28,16 @@ MANIFEST_NAME = "engine.json"
 # A manifest is a few kilobytes; a larger file is not one, and is not read into memory.
 _LARGEST_MANIFEST = 4 << 20
 _CHUNK = 1 << 20
+# What a reader of models or tokenizers takes from a folder by its name. Such a file is in the manifest, with
+# its hash, or the folder is refused; a README beside it harms nobody.
+_READ_BY_NAME = (".onnx", ".onnx_data", ".json", ".bin", ".safetensors", "vocab.txt")
+_REPORT = "drift.json"
+# How often a folder is loaded that is replaced at that moment each time.
+_ATTEMPTS = 3
+
+_Built = TypeVar("_Built")
+# Of the folder and of each file, what changes when another takes its place; None for what is not there.
+Stamp = tuple[tuple[int, ...] | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +46,8 @@ class EngineFolder:
 
     path: Path
     manifest: Manifest
+    # From before the manifest and the files were read.
+    _stamp: Stamp = field(default=(), compare=False, repr=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> EngineFolder:
@@ -45,33 +59,23 @@ class EngineFolder:
 
         Raises:
             EngineNotFoundError: no folder, or no ``engine.json`` in it.
-            ManifestError, UnsupportedVersionError, UnsafePathError: see `Manifest.from_json`.
+            ManifestError, UnsupportedVersionError, UnsafePathError: see `Manifest.from_json`; a model or
+                tokenizer file that the manifest does not list is a `ManifestError` too.
             MissingFileError, HashMismatchError: a file is not there, or not the one that was written.
+            EngineFolderError: the folder or a file cannot be read.
         """
         root = Path(path)
-        if not root.is_dir():
-            raise EngineNotFoundError(
-                f"there is no engine folder at {str(root)!r}; make one with 'bertrt export SOURCE {root}'"
-            )
-        try:
-            with (root / MANIFEST_NAME).open("rb") as file:
-                data = file.read(_LARGEST_MANIFEST + 1)
-        except FileNotFoundError as error:
-            raise EngineNotFoundError(
-                f"{str(root)!r} has no {MANIFEST_NAME}, so it is not an engine folder; "
-                f"a checkpoint becomes one with 'bertrt export {root} OUT'"
-            ) from error
-        except OSError as error:
-            raise EngineFolderError(f"cannot read {root / MANIFEST_NAME}: {error.strerror}") from error
-        if len(data) > _LARGEST_MANIFEST:
-            raise ManifestError(f"{root / MANIFEST_NAME} is larger than {_LARGEST_MANIFEST} bytes")
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ManifestError(f"{root / MANIFEST_NAME} is not UTF-8 ({error.reason})") from error
-        folder = cls(root, Manifest.from_json(text))
-        folder.check(hashes=verify)
+        with _reading(root):
+            before = stamp(root)
+            manifest = Manifest.from_json(_read_manifest(root))
+            folder = cls(root, manifest, before + stamp(root, manifest.files)[len(before) :])
+            folder.check(hashes=verify)
+            _check_unlisted(root, manifest)
         return folder
+
+    def is_unchanged(self) -> bool:
+        """Whether the manifest and its files are still those that `open` read, by inode, size and times."""
+        return stamp(self.path, self.manifest.files) == self._stamp
 
     def file(self, name: str) -> Path:
         """The path of a file that the manifest names.
@@ -79,15 +83,19 @@ class EngineFolder:
         Raises:
             UnsafePathError: the file is a link that leaves the folder.
             MissingFileError: there is no such file.
+            EngineFolderError: the folder cannot be read.
         """
         path = self.path / safe_name(name)
-        if not path.is_file():
-            raise MissingFileError(
-                f"{name!r} is missing from the engine folder {str(self.path)!r}; "
-                "copy the folder again or export it anew"
-            )
-        if not path.resolve().is_relative_to(self.path.resolve()):
-            raise UnsafePathError(f"{name!r} in {str(self.path)!r} is a link that leaves the engine folder")
+        with _reading(self.path):
+            if not path.is_file():
+                raise MissingFileError(
+                    f"{name!r} is missing from the engine folder {str(self.path)!r}; "
+                    "copy the folder again or export it anew"
+                )
+            if not path.resolve().is_relative_to(self.path.resolve()):
+                raise UnsafePathError(
+                    f"{name!r} in {str(self.path)!r} is a link that leaves the engine folder"
+                )
         return path
 
     def check(self, *, hashes: bool) -> None:
@@ -95,7 +103,12 @@ class EngineFolder:
 
         Raises:
             MissingFileError, HashMismatchError, UnsafePathError: as their names say.
+            EngineFolderError: a file cannot be read.
         """
+        with _reading(self.path):
+            self._compare(hashes=hashes)
+
+    def _compare(self, *, hashes: bool) -> None:
         for name, record in self.manifest.files.items():
             path = self.file(name)
             size = path.stat().st_size
@@ -119,6 +132,126 @@ class EngineFolder:
         """Write another manifest in place of this one, atomically."""
         write_file(self.path / MANIFEST_NAME, manifest.to_json().encode())
         return EngineFolder(self.path, manifest)
+
+
+def load_whole(
+    path: Path, build: Callable[[EngineFolder], _Built], *, discard: Callable[[_Built], object], verify: bool
+) -> _Built:
+    """Open a folder and build something from its files, all of them those of one engine.
+
+    The check and each reader open a file by its path, which may meanwhile mean another file. When the folder
+    was replaced on the way, what came of it, an error too, is dropped, and all is done again, a few times.
+
+    Args:
+        path: the folder.
+        build: makes the thing; it may read the files.
+        discard: frees one that was built of a folder that has been replaced.
+        verify: as for `EngineFolder.open`.
+
+    Raises:
+        EngineFolderError: see `EngineFolder.open`; also for a folder that was replaced each time.
+        BertRTError: whatever ``build`` raises.
+    """
+    cause: BertRTError | None = None
+    for _ in range(_ATTEMPTS):
+        before, folder = stamp(path), None
+        try:
+            folder = EngineFolder.open(path, verify=verify)
+            built = build(folder)
+        except BertRTError as error:
+            if folder.is_unchanged() if folder else stamp(path) == before:
+                raise
+            cause = error
+            continue
+        if folder.is_unchanged():
+            return built
+        discard(built)
+    raise EngineFolderError(
+        f"the folder was replaced while it was loaded: {str(path)!r}, {_ATTEMPTS} times in a row; "
+        "load it when nothing writes it any more"
+    ) from cause
+
+
+def stamp(folder: Path, names: Iterable[str] = ()) -> Stamp:
+    """What tells a folder, its manifest and the named files from their replacements, without reading them.
+
+    A folder that takes the place of another has another inode; a file, another inode, size or time.
+    """
+    found: list[tuple[int, ...] | None] = []
+    for path in (folder, folder / MANIFEST_NAME, *(folder / name for name in names)):
+        try:
+            status = path.stat()
+        except (OSError, ValueError):
+            found.append(None)
+            continue
+        identity: tuple[int, ...] = (status.st_dev, status.st_ino)
+        if path != folder:  # whose times change with every report that is put into it
+            identity += (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        found.append(identity)
+    return tuple(found)
+
+
+def _read_manifest(root: Path) -> str:
+    path = root / MANIFEST_NAME
+    if not _is_there(root) or not root.is_dir():
+        raise EngineNotFoundError(
+            f"there is no engine folder at {str(root)!r}; make one with 'bertrt export SOURCE {root}'"
+        )
+    if not _is_there(path):
+        raise EngineNotFoundError(
+            f"{str(root)!r} has no {MANIFEST_NAME}, so it is not an engine folder; "
+            f"a checkpoint becomes one with 'bertrt export {root} OUT'"
+        )
+    if not path.is_file():  # to open a pipe is to wait for ever
+        raise EngineFolderError(f"{str(path)!r} is not a file; export the engine again")
+    with path.open("rb") as file:
+        data = file.read(_LARGEST_MANIFEST + 1)
+    if len(data) > _LARGEST_MANIFEST:
+        raise ManifestError(f"{path} is larger than {_LARGEST_MANIFEST} bytes")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path} is not UTF-8 ({error.reason})") from error
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a NUL in the name
+        return False
+    return True
+
+
+def _check_unlisted(root: Path, manifest: Manifest) -> None:
+    for path in sorted(root.iterdir()):
+        name = path.name
+        if (
+            name.endswith(_READ_BY_NAME)
+            and not name.startswith(".")
+            and name not in {MANIFEST_NAME, _REPORT, *manifest.files}
+            and not path.is_dir()
+        ):
+            raise ManifestError(
+                f"{name!r} in {str(root)!r} is not among the manifest's 'files', so nobody vouches for it; "
+                "remove it or export the engine again"
+            )
+
+
+@contextlib.contextmanager
+def _reading(root: Path) -> Iterator[None]:
+    """Turn what the system says into an error of ours."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingFileError(
+            f"{str(error.filename or root)!r} vanished while the engine folder {str(root)!r} was read; "
+            "try again when nothing else writes it"
+        ) from error
+    except OSError as error:
+        raise EngineFolderError(
+            f"cannot read {str(error.filename or root)!r}: {error.strerror or error}; "
+            "check the path and its permissions"
+        ) from error
 
 
 def sha256(path: Path) -> str:
@@ -173,15 +306,15 @@ def write_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link, which rename must replace
     _check_target(out, overwrite=overwrite)
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}.partial")
-        temporary.mkdir()
     except OSError as error:
         raise ExportError(
             f"cannot write beside {str(out)!r}: {error.strerror}; choose another place"
         ) from error
     try:
+        temporary.mkdir()
         yield temporary
         for path in temporary.rglob("*"):
             if path.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -126,18 +127,16 @@ class Manifest:
             UnsafePathError: a file's path would leave the folder.
         """
         try:
-            value = json.loads(text)
+            value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+            # Escapes may hold half a surrogate pair, which can neither be printed nor name a file.
+            json.dumps(value, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise ManifestError(f"engine.json is not JSON ({error}); export the engine again") from error
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise ManifestError(f"engine.json does not say format={FORMAT!r}: this is not an engine folder")
         version = value.get("format_version")
-        if version != FORMAT_VERSION:
-            hint = (
-                "update bertrt"
-                if isinstance(version, int) and version > FORMAT_VERSION
-                else "export it again"
-            )
+        if type(version) is not int or version != FORMAT_VERSION:  # True and 1.0 equal 1
+            hint = "update bertrt" if type(version) is int and version > FORMAT_VERSION else "export it again"
             raise UnsupportedVersionError(
                 f"the engine has format version {version!r}, this release reads {FORMAT_VERSION}; {hint}"
             )
@@ -198,6 +197,17 @@ def safe_name(name: str) -> str:
             "Do not use this folder: it was not written by bertrt."
         )
     return name
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return number
 
 
 def _get(value: object, name: str, kind: type, where: str = "") -> Any:

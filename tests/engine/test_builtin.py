@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,8 +17,9 @@ import pytest
 from bertrt import __version__
 from bertrt.builtin import resolve
 from bertrt.engine import Engine
-from bertrt.errors import EngineNotFoundError, ExportError
+from bertrt.errors import EngineFolderError, EngineNotFoundError, ExportError
 from bertrt.folder import EngineFolder
+from bertrt_export import demo_engine
 
 # A distribution as an installer leaves it, whose entry points export an engine of 1,000 bytes, or fail.
 EXPORTER = """
@@ -50,9 +52,25 @@ def without_extra(out):
 
 
 def full_disk(out):
+    with write_folder(out) as folder:
+        (folder / "half").write_bytes(b"x")
+        raise OSError(28, "No space left on device")
+
+
+def full_disk_outside(out):
     out.mkdir()
     (out / "half").write_bytes(b"x")
     raise OSError(28, "No space left on device")
+
+
+class Versioned:
+    version = "one"
+
+    def __call__(self, out):
+        export(out)
+
+
+versioned = Versioned()
 
 
 def interrupted(out):
@@ -70,6 +88,8 @@ stub = stub_exporter:export
 lacking = no_such_module:export
 without-extra = stub_exporter:without_extra
 full-disk = stub_exporter:full_disk
+full-disk-outside = stub_exporter:full_disk_outside
+versioned = stub_exporter:versioned
 interrupted = stub_exporter:interrupted
 writes-nothing = stub_exporter:writes_nothing
 """
@@ -102,7 +122,8 @@ def exports(cache: Path) -> int:
 
 def visible(cache: Path) -> list[str]:
     """What is in the cache folder besides lock files."""
-    return sorted(path.name for path in cache.iterdir() if not path.name.endswith(".lock"))
+    paths = cache.iterdir() if cache.exists() else ()
+    return sorted(path.name for path in paths if not path.name.endswith(".lock"))
 
 
 @pytest.fixture
@@ -238,11 +259,66 @@ def test_hashes_are_left_out_on_request(cache: Path) -> None:
     assert exports(cache) == 1
 
 
-def test_an_existing_folder_wins(cache: Path) -> None:
+def test_an_existing_engine_wins(cache: Path) -> None:
     (cache.parent / "stub").mkdir()
+    (cache.parent / "stub" / "engine.json").write_text("")
     assert resolve("stub") == Path("stub")
     assert resolve(cache.parent / "stub") == cache.parent / "stub"
     assert exports(cache) == 0
+
+
+def test_a_folder_of_something_else_does_not_hide_it(cache: Path) -> None:
+    (cache.parent / "stub").mkdir()
+    assert resolve("stub") == cache / f"stub-{__version__}-fp32"
+    assert resolve("./stub") == Path("stub")
+    assert resolve(cache.parent / "site") == cache.parent / "site"
+
+
+def test_another_version_is_another_engine(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = resolve("versioned")
+    assert first == cache / f"versioned-{__version__}-one-fp32"
+    monkeypatch.setattr(sys.modules["stub_exporter"].versioned, "version", "two", raising=False)
+    assert resolve("versioned") == cache / f"versioned-{__version__}-two-fp32"
+    assert resolve("versioned") != first
+    assert exports(cache) == 2
+
+
+def test_the_version_of_the_demo_follows_the_exporter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = Path(demo_engine.__file__).parent
+    for name in (
+        "graph/model.py",
+        "graph/products.py",
+        "quantize.py",
+        "exporter.py",
+        "demo/model.safetensors",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(package / name, tmp_path / name)
+    monkeypatch.setattr(demo_engine, "__file__", str(tmp_path / "demo_engine.py"))
+    seen = [demo_engine.export_demo_engine.version]
+    assert demo_engine.export_demo_engine.version == seen[0]
+    for name in ("graph/model.py", "quantize.py", "exporter.py", "demo/model.safetensors"):
+        with (tmp_path / name).open("ab") as file:
+            file.write(b"#")
+        seen.append(demo_engine.export_demo_engine.version)
+    assert len(set(seen)) == 5
+
+
+def test_to_ask_for_the_version_of_the_demo_loads_no_exporter() -> None:
+    code = (
+        "import sys; from bertrt_export.demo_engine import export_demo_engine as demo; assert demo.version; "
+        "assert not {'onnx', 'onnxruntime', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_that_no_system_has(cache: Path) -> None:
+    for name in ("x" * 5000, "a\0b"):
+        assert resolve(name) == Path(name)
+        with pytest.raises(EngineFolderError):
+            Engine.load(name)
 
 
 def test_other_names_are_left_alone(cache: Path) -> None:
@@ -262,9 +338,12 @@ def test_a_missing_exporter_says_what_to_install(cache: Path, name: str) -> None
     assert visible(cache) == []
 
 
-def test_a_full_disk(cache: Path) -> None:
+@pytest.mark.parametrize("name", ["full-disk", "full-disk-outside"])
+def test_a_full_disk(cache: Path, name: str) -> None:
     with pytest.raises(ExportError, match="No space left on device; set BERTRT_CACHE") as caught:
-        resolve("full-disk")
+        resolve(name)
+    assert f"{str(cache)!r}" in str(caught.value)
+    assert ".partial" not in str(caught.value)
     assert isinstance(caught.value.__cause__, OSError)
     assert caught.value.__cause__.errno == errno.ENOSPC
     assert visible(cache) == []

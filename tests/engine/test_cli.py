@@ -334,3 +334,12 @@ def test_help_and_commands_load_only_what_they_need() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stderr == "set()\n"
+
+
+def test_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "/nowhere/\x1b[2Jx\x07\udcff"]) == EXIT_BAD_INPUT
+    assert main(["info", "x", "\x1b[2J\x9b"]) == EXIT_BAD_INPUT
+    err = capsys.readouterr().err
+    assert err.count("\n") == 2
+    assert err.replace("\n", "").isprintable()
+    assert "x1b[2J" in err

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 import transformers
 
+from bertrt.cli import features
 from bertrt.engine import Engine
 
 # The project's promise for float32; what float32 sums in another order really change is near 1e-6.
@@ -130,8 +133,12 @@ def test_what_stands_before_a_bad_line_is_answered(
         ([""], "text 1 is blank"),
         ([TEXT, "no mask"], "text 2 has no mask"),
         ([TEXT, "--targets", "xyzzy"], "targets not in the vocabulary: 'xyzzy'"),
+        # What the user wrote stays as it is, whatever it looks like.
+        ([TEXT, TEXT, "--targets", "text 0"], "targets not in the vocabulary: 'text 0'"),
+        ([TEXT, "--targets", "top_k"], "targets not in the vocabulary: 'top_k'"),
+        ([TEXT, "--targets", "a\udcff"], r"target 'a\\udcff' has a lone surrogate at position 1"),
         ([TEXT, "--top-k", "1000000"], "--top-k must be a whole number from 1 to 8192"),
-        ([TEXT, "--overflow", "window", "--stride", "511"], "stride must be "),
+        ([TEXT, "--overflow", "window", "--stride", "511"], "--stride must be "),
         ([TEXT, "--backend", "abacus"], "there is no backend 'abacus'"),
         ([TEXT, "--file", "x"], "texts were given and --file too"),
         (["--file", "/nowhere"], "cannot read '/nowhere'"),
@@ -143,6 +150,53 @@ def test_fill_mask_refuses(arguments: list[str], error: str, ask: Callable[..., 
     out = ask("fill-mask", *arguments, "--json", code=2, error=error)
     # The first of two texts is answered all the same.
     assert len(out.splitlines()) == (arguments[0] == TEXT and arguments[1] == "no mask")
+
+
+def test_the_first_text_at_fault_is_named(ask: Callable[..., str]) -> None:
+    # A text without a token is noticed before one without a mask.
+    data = f"{TEXT}\nno mask\n{TEXT}\n\x01\n".encode()
+    out = ask(
+        "fill-mask", "--json", standard_input=data, code=2, error="line 2 of standard input has no mask"
+    )
+    assert len(out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "most"),
+    [
+        ("fill-mask", ["--top-k", "1"], 256),
+        ("fill-mask", ["--top-k", "8192"], 8),
+        ("features", ["--pooling", "none"], 8),
+        ("features", ["--pooling", "cls"], 256),
+    ],
+)
+def test_large_answers_are_asked_for_a_few_at_a_time(
+    command: str, arguments: list[str], most: int, ask: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def answer(_: Engine, texts: list[str], **__: Any) -> Any:
+        asked.append(len(texts))
+        return [[] for _ in texts] if command == "fill-mask" else np.zeros((len(texts), 3), np.float32)
+
+    monkeypatch.setattr(Engine, command.replace("-", "_"), answer)
+    ask(command, *arguments, "--json", standard_input=b"[MASK]\n" * 300)
+    assert sum(asked) == 300
+    assert max(asked) == most
+
+
+def test_a_matrix_is_written_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = np.arange(3 << 19, dtype=np.float32).reshape(-1, 256)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123 - as the command line opens it
+        monkeypatch.setattr(sys, "stdout", nowhere)
+        tracemalloc.start()
+        try:
+            features._write_json(matrix)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    # The check for NaN takes a byte an element; as text, every element would take ten.
+    assert peak < 2 * matrix.size
 
 
 def test_next_sentence(ask: Callable[..., str], loaded: Engine, tmp_path: Path) -> None:

@@ -32,6 +32,15 @@ def test_json_is_one_line_and_keeps_letters(capsys: pytest.CaptureFixture[str]) 
     assert json.loads(out) == value
 
 
+def test_json_escapes_what_utf8_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = {"path": "caf\udce9/日本"}
+    data = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(data, encoding="utf-8"))
+    console.emit(value, as_json=True)
+    assert data.getvalue().isascii()
+    assert json.loads(data.getvalue()) == value
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_json_has_no_nan(number: float) -> None:
     with pytest.raises(ValueError, match="JSON"):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bertrt.cli.texts import LONGEST_LINE, Lines, add_text_arguments, in_chunks, open_lines, read_texts
+from bertrt.cli.texts import LONGEST_LINE, Lines, add_text_arguments, in_chunks, open_lines
 from bertrt.errors import EmptyTextError, InputError, TextEncodingError
 
 
@@ -19,6 +19,12 @@ def parse(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_text_arguments(parser)
     return parser.parse_args(arguments)
+
+
+def read_texts(args: argparse.Namespace) -> Iterator[str]:
+    with open_lines(args) as lines:
+        for line in lines:
+            yield line.text
 
 
 @pytest.fixture

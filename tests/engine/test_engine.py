@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from bertrt.engine import Engine
 from bertrt.errors import (
     BackendRunError,
     EngineClosedError,
+    EngineFolderError,
     EngineNotFoundError,
     HashMismatchError,
     InputError,
+    ManifestError,
     MissingHeadError,
     ShapeMismatchError,
     TextEncodingError,
@@ -108,9 +111,104 @@ def test_load_without_a_tokenizer_makes_no_backend(folder: Path, registry: list[
     (folder / "tokenizer.json").unlink()
     files = {"tokenizer_config.json": opened.manifest.files["tokenizer_config.json"]}
     opened.replace_manifest(replace(opened.manifest, files=files))
+    with pytest.raises(ManifestError, match=r"'tokenizer\.json' is not among 'files'"):
+        Engine.load(folder)
+    assert registry == []
+
+
+def test_a_tokenizer_that_cannot_be_read_makes_no_backend(folder: Path, registry: list[Any]) -> None:
+    text = (folder / "engine.json").read_text(encoding="utf-8")
+    (folder / "tokenizer.json").write_text("{}")
+    files = record_files(folder)
+    (folder / "engine.json").write_text(replace(Manifest.from_json(text), files=files).to_json())
     with pytest.raises(TokenizerError):
         Engine.load(folder)
     assert registry == []
+
+
+def put_in_place(source: Path, target: Path) -> None:
+    """As an export with --overwrite does; a folder is new each time."""
+    with write_folder(target, overwrite=True) as partial:
+        shutil.copytree(source, partial, dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_folder_that_is_replaced_while_it_is_loaded(
+    demo_engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, failing: bool
+) -> None:
+    """Replaced once or twice, it is loaded again, whole; each time, that is said."""
+    target = tmp_path / "engine"
+    shutil.copytree(demo_engine("fp32"), target)
+    create = bertrt.backends.registry.create_backend
+    made: list[Any] = []
+
+    def replacing(name: str | None, opened: EngineFolder, threads: int | None) -> Any:
+        if len(made) < times:
+            put_in_place(demo_engine("int8" if opened.manifest.precision == "fp32" else "fp32"), target)
+        made.append(opened.manifest.precision)
+        if failing and len(made) <= times:
+            raise BackendRunError("half of one model, half of another")
+        return create(name, opened, threads)
+
+    monkeypatch.setattr(bertrt.backends.registry, "create_backend", replacing)
+    if times == 3:
+        with pytest.raises(EngineFolderError, match="the folder was replaced while it was loaded"):
+            Engine.load(target, threads=1)
+        assert len(made) == 3
+        return
+    with Engine.load(target, threads=1) as engine:
+        assert len(made) == times + 1
+        assert engine.manifest == EngineFolder.open(target).manifest
+        with Engine.load(demo_engine(made[-1]), threads=1) as right:
+            text = "The man worked as a [MASK]."
+            assert engine.fill_mask(text) == right.fill_mask(text)
+
+
+def test_a_fault_of_a_folder_that_stays_is_told_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def fail(*asked: Any) -> Any:
+        calls.append(asked)
+        raise BackendRunError("out of memory")
+
+    monkeypatch.setattr(bertrt.backends.registry, "create_backend", fail)
+    with pytest.raises(BackendRunError, match="out of memory"):
+        Engine.load(folder)
+    assert len(calls) == 1
+
+
+def test_loads_while_another_thread_replaces_the_folder(demo_engine: Any, tmp_path: Path) -> None:
+    target = tmp_path / "engine"
+    text = "The man worked as a [MASK]."
+    answers = {}
+    for precision in ("fp32", "int8"):
+        with Engine.load(demo_engine(precision), threads=1) as engine:
+            answers[precision] = engine.fill_mask(text)
+    assert answers["fp32"] != answers["int8"]
+    shutil.copytree(demo_engine("fp32"), target)
+
+    def alternate() -> None:
+        for count in range(20):
+            put_in_place(demo_engine("fp32" if count % 2 else "int8"), target)
+
+    with ThreadPoolExecutor(1) as pool:
+        replacing = pool.submit(alternate)
+        for _ in range(20):
+            try:
+                engine = Engine.load(target, threads=1)
+            except EngineFolderError as error:
+                # Between the renames of a replacement there is no folder, for long enough on a slow disk.
+                assert "was replaced" in str(error) or isinstance(error, EngineNotFoundError)
+                continue
+            with engine:
+                assert engine.manifest is not None
+                assert engine.fill_mask(text) == answers[engine.manifest.precision]
+        replacing.result()
+    with Engine.load(target, threads=1) as engine:
+        assert engine.fill_mask(text) == answers["fp32"]
 
 
 def test_load_closes_the_backend_when_the_tokenizer_does_not_fit(
@@ -118,7 +216,7 @@ def test_load_closes_the_backend_when_the_tokenizer_does_not_fit(
 ) -> None:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(9000))]
     large = WordPieceTokenizer.from_vocab(words, TokenizerSettings())
-    monkeypatch.setattr(WordPieceTokenizer, "from_folder", lambda path: large)
+    monkeypatch.setattr(WordPieceTokenizer, "from_folder", lambda path, names: large)
     with pytest.raises(ShapeMismatchError, match="9005 tokens, its model has 8192"):
         Engine.load(folder)
     assert registry[0][-1].closed == 1

@@ -17,6 +17,7 @@ from bertrt.errors import (
     InputError,
     MaskNotFoundError,
     SequenceTooLongError,
+    TextEncodingError,
     TooManyMasksError,
 )
 from bertrt.manifest import Heads
@@ -117,7 +118,20 @@ def test_a_target_outside_the_vocabulary_is_named(engine: Engine) -> None:
         engine.fill_mask("a [MASK]", targets=["man", "xylophonist", "zzq"])
 
 
-@pytest.mark.parametrize("targets", [[], b"man", {"man"}, [None]])
+def test_a_target_that_cannot_be_encoded_is_named(engine: Engine) -> None:
+    with pytest.raises(TextEncodingError, match=r"target 'm\\udcffn' has a lone surrogate at position 1"):
+        engine.fill_mask("a [MASK]", targets=["man", "m\udcffn"])
+
+
+def test_texts_in_an_array(engine: Engine) -> None:
+    one = engine.fill_mask("a [MASK]")
+    assert engine.fill_mask(np.array(["a [MASK]"])) == [one]
+    scalar: Any = np.array("a [MASK]")
+    with pytest.raises(InputError, match="must be a str or a sequence of str, got ndarray"):
+        engine.fill_mask(scalar)
+
+
+@pytest.mark.parametrize("targets", [[], b"man", {"man"}, [None], np.array("man")])
 def test_targets_that_are_none(engine: Engine, targets: Any) -> None:
     with pytest.raises(InputError, match="targets"):
         engine.fill_mask("a [MASK]", targets=targets)

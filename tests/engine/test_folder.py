@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import bertrt.folder
 from bertrt.errors import (
     EngineFolderError,
     EngineNotFoundError,
@@ -83,7 +85,7 @@ def test_one_flipped_bit(folder: Path) -> None:
         EngineFolder.open(folder)
 
 
-@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, "1", None, 1.5])
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, "1", None, 1.5, True, 1.0])
 def test_other_versions(folder: Path, version: object) -> None:
     edit(folder, lambda manifest: manifest.update(format_version=version))
     hint = "update bertrt" if version == FORMAT_VERSION + 1 else "export it again"
@@ -124,6 +126,21 @@ def test_a_link_that_leaves_the_folder(folder: Path, tmp_path: Path) -> None:
     shutil.move(folder / "engine.onnx", outside)
     (folder / "engine.onnx").symlink_to(outside)
     with pytest.raises(UnsafePathError, match="link that leaves"):
+        EngineFolder.open(folder)
+
+
+def test_a_linked_folder_below_it_leaves_it_too(folder: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    shutil.move(folder / "engine.onnx", outside)
+    (folder / "sub").symlink_to(outside)
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["files"]["sub/engine.onnx"] = manifest["files"].pop("engine.onnx")
+        manifest["backends"]["onnxruntime"]["graph"] = "sub/engine.onnx"
+
+    edit(folder, change)
+    with pytest.raises(UnsafePathError, match="'sub/engine.onnx' .* link that leaves"):
         EngineFolder.open(folder)
 
 
@@ -175,6 +192,15 @@ def test_fields_of_the_wrong_type(folder: Path, field: str, value: object) -> No
         ("vocab_size", 1 << 40),
         ("vocab_size", True),
         ("vocab_size", "8"),
+        ("vocab_size", []),
+        ("num_attention_heads", {}),
+        ("layer_norm_eps", []),
+        ("layer_norm_eps", "0"),
+        ("layer_norm_eps", False),
+        ("hidden_act", "swish"),
+        ("hidden_act", []),
+        ("hidden_act", {}),
+        ("hidden_act", None),
     ],
 )
 def test_impossible_architectures(folder: Path, name: str, value: object) -> None:
@@ -187,6 +213,106 @@ def test_a_backend_file_without_a_hash(folder: Path) -> None:
     edit(folder, lambda manifest: manifest["backends"]["onnxruntime"].update(graph="other.onnx"))
     with pytest.raises(ManifestError, match=r"'other\.onnx', which is not among 'files'"):
         EngineFolder.open(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "vocab.txt",
+        "other.onnx",
+        "other.onnx_data",
+        "pytorch_model.bin",
+        "model.safetensors",
+    ],
+)
+def test_a_file_that_a_reader_would_take_is_listed(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"{}")
+    with pytest.raises(ManifestError, match=f"'{name}' .* not among the manifest's 'files'.*remove it"):
+        EngineFolder.open(folder, verify=False)
+
+
+def test_other_files_are_nobodys_business(folder: Path) -> None:
+    for name in ("README.md", "drift.json", "drift.md", "drift.html", ".engine.json.0123456789ab"):
+        (folder / name).write_bytes(b"x")
+    EngineFolder.open(folder)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "-1e400"])
+def test_numbers_that_are_none(folder: Path, number: str) -> None:
+    edit(folder, lambda manifest: manifest["graph"].update(nodes="HERE"))
+    path = folder / MANIFEST_NAME
+    path.write_text(path.read_text(encoding="utf-8").replace('"HERE"', number), encoding="utf-8")
+    with pytest.raises(ManifestError, match=number.removeprefix("-")):
+        EngineFolder.open(folder)
+
+
+@pytest.mark.parametrize("place", ["source", "files", "versions"])
+def test_half_a_surrogate_pair(folder: Path, place: str) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        if place == "source":
+            manifest["source"]["name"] = "\ud800"
+        else:
+            manifest[place]["\udcff"] = "x"
+
+    edit(folder, change)
+    assert "\\ud" in (folder / MANIFEST_NAME).read_text(encoding="utf-8")
+    with pytest.raises(ManifestError, match="surrogates not allowed"):
+        EngineFolder.open(folder)
+
+
+def test_paths_that_no_system_has(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineNotFoundError, match="no engine folder"):
+        EngineFolder.open("a\0b")
+    with pytest.raises(EngineFolderError, match="File name too long"):
+        EngineFolder.open(tmp_path / ("x" * 5000))
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(EngineFolderError, match="symbolic links"):
+        EngineFolder.open(tmp_path / "round")
+    edit(folder, lambda manifest: manifest["files"].update({"x" * 5000: {"size": 1, "sha256": "0"}}))
+    with pytest.raises(EngineFolderError, match="File name too long"):
+        EngineFolder.open(folder)
+
+
+def test_a_manifest_that_is_no_file(folder: Path) -> None:
+    (folder / MANIFEST_NAME).unlink()
+    os.mkfifo(folder / MANIFEST_NAME)
+    with pytest.raises(EngineFolderError, match="is not a file"):
+        EngineFolder.open(folder)
+    (folder / MANIFEST_NAME).unlink()
+    (folder / MANIFEST_NAME).mkdir()
+    with pytest.raises(EngineFolderError, match="is not a file"):
+        EngineFolder.open(folder)
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EIO])
+def test_files_that_vanish_or_cannot_be_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(path: Path) -> str:
+        raise OSError(number, os.strerror(number), str(path))
+
+    # To root no file is unreadable, so the system's answer is played.
+    monkeypatch.setattr(bertrt.folder, "sha256", refuse)
+    expected = MissingFileError if number == errno.ENOENT else EngineFolderError
+    with pytest.raises(expected, match="config.json.*(vanished|" + os.strerror(number) + ")"):
+        EngineFolder.open(folder)
+
+
+def test_it_knows_whether_it_was_changed(folder: Path, tmp_path: Path) -> None:
+    opened = EngineFolder.open(folder)
+    (folder / "drift.md").write_text("a report")
+    assert opened.is_unchanged()
+    data = (folder / "engine.onnx").read_bytes()
+    (folder / "engine.onnx").write_bytes(data)
+    assert not opened.is_unchanged()
+    opened = EngineFolder.open(folder)
+    write_file(folder / MANIFEST_NAME, (folder / MANIFEST_NAME).read_bytes())
+    assert not opened.is_unchanged()
+    opened = EngineFolder.open(folder)
+    folder.rename(tmp_path / "retired")
+    assert not opened.is_unchanged()
 
 
 def test_every_error_is_one_of_ours() -> None:

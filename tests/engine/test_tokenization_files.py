@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 from transformers.models.bert.tokenization_bert import load_vocab
 
+from bertrt.errors import TokenizerError
 from bertrt.tokenization import TokenizerSettings, WordPieceTokenizer, files
 from bertrt_export.demo import demo_folder
 
@@ -216,6 +217,25 @@ def test_what_is_written_is_read_back_by_us_and_by_transformers(
     [pair] = before.encode_pairs(["Abé"], ["c"], max_length=10)
     assert bare.encode("Abé", "c").ids == pair.input_ids.tolist()
     assert bare.encode("Abé", "c").type_ids == pair.token_type_ids.tolist()
+
+
+def test_only_the_named_files_are_read(make: Make, tokenizer_json: dict[str, Any]) -> None:
+    folder = make(
+        vocab=True,
+        tokenizer=tokenizer_json,
+        tokenizer_config={"do_lower_case": True, "tokenizer_class": "BertTokenizer"},
+        special_tokens_map={"additional_special_tokens": ["zyzzyx"]},
+        added_tokens={"zyzzyxs": len(tokenizer_json["model"]["vocab"])},
+    )
+    own = WordPieceTokenizer.from_folder(folder, ["tokenizer.json"])
+    assert not own.settings.lowercase  # as its own normaliser says
+    assert own.token_to_id("zyzzyx") is own.token_to_id("zyzzyxs") is None
+    every = WordPieceTokenizer.from_folder(folder)
+    assert every.settings.lowercase
+    assert None not in (every.token_to_id("zyzzyx"), every.token_to_id("zyzzyxs"))
+    assert WordPieceTokenizer.from_folder(folder, ["vocab.txt"]).vocab_size == own.vocab_size
+    with pytest.raises(TokenizerError, match="neither"):
+        WordPieceTokenizer.from_folder(folder, ["tokenizer_config.json"])
 
 
 def test_lines_of_vocab_txt_are_those_of_transformers(tmp_path: Path) -> None:

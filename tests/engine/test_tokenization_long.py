@@ -169,3 +169,12 @@ def test_eight_threads_get_what_one_gets(tokenizer: WordPieceTokenizer) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(24)))
+
+
+@pytest.mark.parametrize("keep_masks", [False, True])
+def test_a_text_to_be_refused_is_not_read_to_its_end(tokenizer: WordPieceTokenizer, keep_masks: bool) -> None:
+    words = contents.LONG_TEXT
+    with pytest.raises(SequenceTooLongError, match="text 0 has at least") as caught:
+        tokenizer.encode(["a " * words], max_length=512, overflow="error", keep_masks=keep_masks)
+    assert caught.value.index == 0
+    assert int(str(caught.value).split()[5]) < words / 4

@@ -148,17 +148,27 @@ def test_a_lone_surrogate_is_an_error_that_says_where(
 def test_what_is_not_a_text_is_an_error_that_says_which(
     tokenizer: WordPieceTokenizer, value: Any, kind: str
 ) -> None:
-    with pytest.raises(InputError, match=f"text 1 must be a str, got {kind}"):
+    with pytest.raises(InputError, match=rf"texts\[1\] is {kind}, expected str"):
         tokenizer.encode(["a", value], max_length=8)
-    with pytest.raises(InputError, match=f"the first text of pair 0 must be a str, got {kind}"):
+    with pytest.raises(InputError, match=rf"a\[0\] is {kind}, expected str"):
         tokenizer.encode_pairs([value], ["a"], max_length=8, overflow="error")
 
 
-@pytest.mark.parametrize(("value", "kind"), [("a", "str"), (b"a", "bytes"), (None, "NoneType"), (3, "int")])
-def test_a_single_text_is_not_a_list_of_texts(tokenizer: WordPieceTokenizer, value: Any, kind: str) -> None:
-    with pytest.raises(InputError, match=f"a list of texts was expected, got {kind}"):
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        ("a", "is a single str"),
+        (b"a", "is bytes"),
+        (None, "must be .* got NoneType"),
+        (3, "must be .* got int"),
+        (np.array("a"), "must be .* got ndarray"),
+        ({"a": "b"}, "must be .* got dict"),
+    ],
+)
+def test_a_single_text_is_not_a_list_of_texts(tokenizer: WordPieceTokenizer, value: Any, what: str) -> None:
+    with pytest.raises(InputError, match=f"texts {what}"):
         tokenizer.encode(value, max_length=8)
-    with pytest.raises(InputError, match=f"a list of texts was expected, got {kind}"):
+    with pytest.raises(InputError, match=f"b {what}"):
         tokenizer.encode_pairs(["a"], value, max_length=8, overflow="error")
 
 

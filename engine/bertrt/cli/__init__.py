@@ -15,6 +15,7 @@ from typing import Any, Final, NoReturn, Protocol
 
 from bertrt import __version__
 from bertrt.cli.command import EXIT_BAD_INPUT, EXIT_OK, Command
+from bertrt.cli.console import printable
 from bertrt.cli.extras import EXTRA_OF_MODULE, install_line
 from bertrt.errors import BertRTError
 
@@ -256,7 +257,7 @@ def _fail(message: str, code: int = EXIT_BAD_INPUT) -> int:
 
         traceback.print_exc()
     _flush_or_abandon()
-    line = " ".join(message.split())
+    line = printable(" ".join(message.split()))
     with contextlib.suppress(OSError, AttributeError, ValueError):  # nowhere to say it
         sys.stderr.write(f"{PROGRAM}: error: {line}\n")
         sys.stderr.flush()

@@ -13,12 +13,14 @@ T = TypeVar("T")
 
 # Texts of one call: enough to sort by length and to fill batches, few enough to see answers soon.
 CHUNK: Final = 256
-# How the engine's messages name a text of a call; a message without it is about an option.
-_TEXT: Final = re.compile(r"\b(?:text|pair) \d+\b")
+# Options as the engine's messages name them, in what it says of a text and at the start of what it says of
+# an option: elsewhere they may be words of the user.
+_IN_MESSAGES: Final = re.compile(r"\b(max_masks)\b|\boverflow='(\w+)'(?: or '(\w+)')?")
+_AT_THE_START: Final = re.compile(r"(max_masks|stride|top_k)\b")
 
 
 def in_order(
-    lines: Lines, ask: Callable[[Sequence[Line]], Sequence[T]]
+    lines: Lines, ask: Callable[[Sequence[Line]], Sequence[T]], *, size: int = CHUNK
 ) -> Iterator[tuple[Sequence[Line], Sequence[T]]]:
     """Ask for the answers chunk by chunk.
 
@@ -27,11 +29,14 @@ def in_order(
     Args:
         lines: the texts.
         ask: gives one answer for each line of a chunk.
+        size: texts of a chunk, at most `CHUNK`; fewer where an answer is large.
 
     Raises:
         InputError: a text cannot be answered; the message names its line.
     """
-    for chunk in in_chunks(lines, CHUNK, weigh=lambda line: len(line.text)):
+    # A smaller chunk is lighter in proportion: of long texts, too, it holds fewer.
+    factor = CHUNK // size
+    for chunk in in_chunks(lines, size, weigh=lambda line: len(line.text) * factor):
         yield from _answer(chunk, ask)
 
 
@@ -41,24 +46,35 @@ def _answer(
     try:
         answers = ask(chunk)
     except InputError as error:
-        if len(chunk) == 1 or not _TEXT.search(str(error)):
-            raise type(error)(_located(str(error), chunk[0])) from error
+        failure = error
     else:
         yield chunk, answers
         return
-    # One of them is at fault: halving finds it, and what stands before it is answered on the way.
-    middle = len(chunk) // 2
-    yield from _answer(chunk[:middle], ask)
-    yield from _answer(chunk[middle:], ask)
+    if failure.index is None:
+        raise type(failure)(_of_option(str(failure))) from failure
+    if failure.index:
+        # One of these may be at fault too, in a way that is looked for later; then it is the first.
+        yield from _answer(chunk[: failure.index], ask)
+    raise type(failure)(_of_text(str(failure), failure.index, chunk[failure.index])) from failure
 
 
-def _located(message: str, line: Line) -> str:
-    """The engine's message on a text, or on an option, in the words of the command line."""
-    message = re.sub(r"\boverflow='(\w+)'(?: or '(\w+)')?", _overflow_option, message)
-    message = re.sub(r"\b(?:max_masks|top_k)\b", lambda found: "--" + found[0].replace("_", "-"), message)
+def _of_option(message: str) -> str:
+    """The engine's message on an option, in the words of the command line."""
+    found = _AT_THE_START.match(message)
+    return _option(found[0]) + message[found.end() :] if found else message
+
+
+def _of_text(message: str, index: int, line: Line) -> str:
+    """The engine's message on a text of its call, in the words of the command line."""
+    message = _IN_MESSAGES.sub(_option_with_values, message)
     # A function, because a place may hold what `re` would take for a reference.
-    return _TEXT.sub(lambda _: line.where, message, count=1)
+    return re.sub(rf"\b(?:text|pair) {index}\b", lambda _: line.where, message, count=1)
 
 
-def _overflow_option(found: re.Match[str]) -> str:
-    return "--overflow " + " or ".join(name for name in found.groups() if name)
+def _option_with_values(found: re.Match[str]) -> str:
+    name, *values = found.groups()
+    return _option(name) if name else "--overflow " + " or ".join(value for value in values if value)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -35,7 +36,13 @@ def emit(value: Any, *, as_json: bool) -> None:
 
 def to_json(value: Any) -> str:
     """A JSON value on one line; non-ASCII letters stay letters where standard output can carry them."""
-    return json.dumps(value, ensure_ascii=not _speaks_utf8(), allow_nan=False)
+    if _speaks_utf8():
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        # Half of a surrogate pair, such as a file name that is not UTF-8 holds, can only be escaped.
+        with contextlib.suppress(UnicodeEncodeError):
+            text.encode()
+            return text
+    return json.dumps(value, allow_nan=False)
 
 
 def write_line(text: str) -> None:
@@ -48,7 +55,7 @@ def write_line(text: str) -> None:
 
 def note(text: str) -> None:
     """Write a line for the person at the terminal to standard error."""
-    print(f"bertrt: {text}", file=sys.stderr, flush=True)
+    print(f"bertrt: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:

@@ -11,9 +11,9 @@ from typing import Final, get_args
 import numpy as np
 
 from bertrt.backends.base import Float32
-from bertrt.cli.answers import in_order
+from bertrt.cli.answers import CHUNK, in_order
 from bertrt.cli.command import EXIT_OK, Command
-from bertrt.cli.console import Progress, emit, write_line
+from bertrt.cli.console import Progress, emit, printable
 from bertrt.cli.engines import add_engine_arguments, natural_number, open_engine
 from bertrt.cli.npy import NpyWriter
 from bertrt.cli.texts import Line, Lines, add_text_arguments, open_lines
@@ -23,6 +23,8 @@ from bertrt.tasks.features import Pooling
 from bertrt.tokenization import Overflow
 
 _SUFFIX: Final = ".npy"
+# Of one call, where a text has not one vector but hundreds.
+_MATRICES: Final = 8
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,9 +74,10 @@ def _run(args: argparse.Namespace) -> int:
 
 def _write_json_lines(args: argparse.Namespace, lines: Lines, engine: Engine) -> None:
     with Progress("texts", beside_output=True) as progress:
-        for chunk, answers in in_order(lines, lambda chunk: _ask(args, engine, chunk)):
+        size = _MATRICES if args.pooling == "none" else CHUNK
+        for chunk, answers in in_order(lines, lambda chunk: _ask(args, engine, chunk), size=size):
             for answer in answers:
-                write_line(_json(answer))
+                _write_json(answer)
             sys.stdout.flush()
             progress.advance(len(chunk))
 
@@ -90,7 +93,10 @@ def _write_array(args: argparse.Namespace, lines: Lines, engine: Engine, output:
             {"output": str(output), "shape": shape, "dtype": "float32", "pooling": args.pooling}, as_json=True
         )
     else:
-        emit(f"{output}: float32 [{writer.rows}, {writer.columns}], pooling {args.pooling}", as_json=False)
+        emit(
+            f"{printable(str(output))}: float32 [{writer.rows}, {writer.columns}], pooling {args.pooling}",
+            as_json=False,
+        )
 
 
 def _ask(args: argparse.Namespace, engine: Engine, chunk: Sequence[Line]) -> Sequence[Float32]:
@@ -102,13 +108,21 @@ def _ask(args: argparse.Namespace, engine: Engine, chunk: Sequence[Line]) -> Seq
     return answers
 
 
-def _json(array: Float32) -> str:
-    """A vector or matrix as JSON; nine digits give back every float32 exactly."""
-    if array.ndim > 1:
-        return "[" + ", ".join(map(_json, array)) + "]"
+def _write_json(array: Float32) -> None:
+    """Write a vector, or a matrix row by row, as a line of JSON; nine digits give back every float32."""
     if not np.isfinite(array).all():
         raise BackendRunError("a feature is NaN or infinite, which JSON cannot hold; export the engine again")
-    return "[" + ", ".join([f"{value:.9g}" for value in array.tolist()]) + "]"
+    if array.ndim == 1:
+        sys.stdout.write(_vector(array) + "\n")
+        return
+    # A text in many windows has a row for each of its tokens: as one string they take gigabytes.
+    for number, row in enumerate(array):
+        sys.stdout.write((", " if number else "[") + _vector(row))
+    sys.stdout.write("]\n")
+
+
+def _vector(row: Float32) -> str:
+    return "[" + ", ".join([f"{value:.9g}" for value in row.tolist()]) + "]"
 
 
 COMMAND = Command(

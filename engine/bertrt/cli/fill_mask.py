@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import cast, get_args
+from typing import Final, cast, get_args
 
-from bertrt.cli.answers import in_order
+from bertrt.cli.answers import CHUNK, in_order
 from bertrt.cli.command import EXIT_OK, Command
 from bertrt.cli.console import Progress, emit, printable, table
 from bertrt.cli.engines import add_engine_arguments, natural_number, open_engine, whole_number
 from bertrt.cli.texts import Line, add_text_arguments, open_lines
 from bertrt.tasks.fill_mask import DEFAULT_MAX_MASKS, DEFAULT_TOP_K, MaskPrediction, TextPredictions
 from bertrt.tokenization import Overflow
+
+# Predictions for the texts of one call; each holds its text filled in.
+_MOST_PREDICTIONS: Final = 1 << 16
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,8 +69,9 @@ def _run(args: argparse.Namespace) -> int:
                 max_masks=args.max_masks,
             )
 
+        size = max(1, min(CHUNK, _MOST_PREDICTIONS // args.top_k))
         with Progress("texts", beside_output=True) as progress:
-            for chunk, answers in in_order(lines, ask):
+            for chunk, answers in in_order(lines, ask, size=size):
                 for line, answer in zip(chunk, answers, strict=True):
                     emit(answer if args.json else _shown(line.text, answer), as_json=args.json)
                 progress.advance(len(chunk))

@@ -69,7 +69,8 @@ def _split(text: str, index: int) -> tuple[str, str]:
     parts = text.split(_SEPARATOR)
     if len(parts) != 2:
         raise InputError(
-            f"pair {index} has {len(parts) - 1} tabs, expected one, between A and B; correct the line"
+            f"pair {index} has {len(parts) - 1} tabs, expected one, between A and B; correct the line",
+            index=index,
         )
     return parts[0], parts[1]
 

@@ -68,21 +68,12 @@ def add_text_arguments(parser: argparse.ArgumentParser, *, pairs: bool = False) 
     parser.add_argument("--skip-blank", action="store_true", help="pass over blank lines (default: an error)")
 
 
-def read_texts(args: argparse.Namespace) -> Iterator[str]:
-    """The texts that the arguments of `add_text_arguments` name, one by one.
+def open_lines(args: argparse.Namespace) -> Lines:
+    """Open the texts that the arguments of `add_text_arguments` name; use it as a context manager.
 
     Raises:
-        InputError: arguments that contradict each other, no such file, no text at all, a line too long.
-        TextEncodingError: bytes that are not UTF-8; names file, line and offset.
-        EmptyTextError: a blank line, without ``--skip-blank``.
+        InputError: arguments that contradict each other, or no such file.
     """
-    with open_lines(args) as lines:
-        for line in lines:
-            yield line.text
-
-
-def open_lines(args: argparse.Namespace) -> Lines:
-    """Open what `read_texts` reads, with the place of each text; use it as a context manager."""
     texts: list[str] = args.texts
     file: str | None = args.file
     if texts and file is not None:
@@ -129,6 +120,11 @@ class Lines:
 
     A line ends with a line feed, or a carriage return and a line feed; a byte-order mark before the first is
     dropped.
+
+    Raises:
+        InputError: on the way: a line too long, or a file that cannot be read.
+        TextEncodingError: bytes that are not UTF-8; names file, line and offset.
+        EmptyTextError: no text at all, or a blank line without ``skip_blank``.
     """
 
     def __init__(

@@ -1,19 +1,21 @@
-"""What every task needs of an engine, and the checks of arguments that tasks share."""
+"""What every task needs of an engine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import numpy.typing as npt
 
 from bertrt.architecture import BertArchitecture
+from bertrt.arguments import as_texts, check_integer
 from bertrt.backends.base import Backend
-from bertrt.errors import BackendRunError, InputError, MissingHeadError
+from bertrt.errors import BackendRunError, MissingHeadError
 from bertrt.manifest import Heads
 from bertrt.tokenization import WordPieceTokenizer
+
+__all__ = ["TaskContext", "as_texts", "check_integer", "computed"]
 
 Head = Literal["mlm", "nsp", "pooler"]
 ArrayT = TypeVar("ArrayT", bound=npt.NDArray[Any])
@@ -77,51 +79,6 @@ class TaskContext:
             f"{asked} needs the {_HEAD_NAMES[head]}, which the checkpoint of engine {self.name!r} does not "
             f"have; this engine can do {', '.join(able)}: export a checkpoint that has the head"
         )
-
-
-def as_texts(texts: str | Iterable[str], *, name: str = "texts") -> tuple[list[str], bool]:
-    """Return a list of texts, and whether a single ``str`` was given. An iterator is read to its end.
-
-    Raises:
-        InputError: bytes, an unordered collection, or an item that is not a ``str``.
-    """
-    if isinstance(texts, str):
-        return [texts], True
-    if isinstance(texts, bytes | bytearray | memoryview):
-        raise InputError(f"{name} is {type(texts).__name__}, expected str: decode it first, as UTF-8")
-    if isinstance(texts, Mapping | Set) or not isinstance(texts, Iterable):
-        raise InputError(
-            f"{name} must be a str or a sequence of str, got {type(texts).__name__}: pass a list"
-        )
-    items = list(texts)
-    for index, item in enumerate(items):
-        if not isinstance(item, str):
-            raise InputError(f"{name}[{index}] is {type(item).__name__}, expected str: convert it first")
-    return items, False
-
-
-def check_integer(value: object, *, name: str, least: int = 1, most: int | None = None) -> int:
-    """Return a whole number from ``least`` to ``most``.
-
-    Raises:
-        InputError: another number, or not a whole number; a bool is not one.
-    """
-    if isinstance(value, int | np.integer) and not isinstance(value, bool):
-        number = int(value)
-        if number >= least and (most is None or number <= most):
-            return number
-    limit = f"of at least {least}" if most is None else f"from {least} to {most}"
-    raise InputError(f"{name} must be a whole number {limit}, got {value!r}")
-
-
-def check_choice(value: object, *, name: str, choices: tuple[str, ...]) -> None:
-    """Check that an option is one of those there are.
-
-    Raises:
-        InputError: it is not.
-    """
-    if not isinstance(value, str) or value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def computed(value: ArrayT | None) -> ArrayT:

@@ -9,9 +9,10 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from bertrt.arguments import check_choice
 from bertrt.backends.base import Float32, Int64, Wanted
 from bertrt.batching import pack, plan_batches
-from bertrt.tasks.context import TaskContext, check_choice, computed
+from bertrt.tasks.context import TaskContext, computed
 from bertrt.tokenization import Encoded, Overflow
 
 Pooling = Literal["none", "cls", "mean", "pooler"]
@@ -62,7 +63,7 @@ class _Layout:
     @classmethod
     def of(cls, windows: Sequence[Encoded]) -> _Layout:
         starts = np.array([window.start for window in windows], dtype=np.int64)
-        content = np.array([window.input_ids.shape[0] - 2 for window in windows], dtype=np.int64)
+        content = np.array([window.content_length for window in windows], dtype=np.int64)
         return cls(windows=windows, starts=starts, ends=starts + content)
 
     @property

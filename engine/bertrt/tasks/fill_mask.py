@@ -8,10 +8,11 @@ from typing import TypedDict
 
 import numpy as np
 
+from bertrt.arguments import as_texts, check_choice, check_integer
 from bertrt.backends.base import Float32, Int32, Int64, Wanted
 from bertrt.batching import pack, plan_batches
-from bertrt.errors import InputError, MaskNotFoundError, TooManyMasksError
-from bertrt.tasks.context import TaskContext, as_texts, check_choice, check_integer, computed
+from bertrt.errors import InputError, MaskNotFoundError, TextEncodingError, TooManyMasksError
+from bertrt.tasks.context import TaskContext, computed
 from bertrt.tokenization import Encoded, Overflow
 
 DEFAULT_TOP_K = 5
@@ -107,6 +108,14 @@ def _target_ids(context: TaskContext, targets: str | Iterable[str]) -> Int64:
     names, _ = as_texts(targets, name="targets")
     if not names:
         raise InputError("targets is empty; name at least one token, or leave it out to rank the vocabulary")
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise TextEncodingError(
+                f"target {name!r} has a lone surrogate at position {error.start}, which UTF-8 cannot hold; "
+                "decode it with the encoding it was written in"
+            ) from error
     ids = {name: context.tokenizer.token_to_id(name) for name in names}
     unknown = [name for name, id_ in ids.items() if id_ is None]
     if unknown:
@@ -126,11 +135,14 @@ def _jobs_of(context: TaskContext, text: int, windows: Sequence[Encoded], max_ma
     places = [window.start + positions for window, positions in zip(windows, found, strict=True)]
     masks = np.unique(np.concatenate(places))
     if masks.shape[0] == 0:
-        raise MaskNotFoundError(f"text {text} has no mask; write {token} where a token is to be predicted")
+        raise MaskNotFoundError(
+            f"text {text} has no mask; write {token} where a token is to be predicted", index=text
+        )
     if masks.shape[0] > max_masks:
         raise TooManyMasksError(
             f"text {text} has {masks.shape[0]} masks, the call allows {max_masks}; "
-            "mask fewer tokens or raise max_masks"
+            "mask fewer tokens or raise max_masks",
+            index=text,
         )
     best: dict[int, tuple[int, int]] = {}
     chosen: dict[int, int] = {}
@@ -177,12 +189,6 @@ def _prediction(
     return MaskPrediction(
         score=score,
         token=token,
-        token_str=_decode(context, [token], skip_special_tokens=False),
-        sequence=_decode(context, filled.tolist(), skip_special_tokens=not several),
+        token_str=context.tokenizer.decode([token], skip_special_tokens=False),
+        sequence=context.tokenizer.decode(filled.tolist(), skip_special_tokens=not several),
     )
-
-
-def _decode(context: TaskContext, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-    # A model's vocabulary may be longer than its tokenizer's, to a round number; such ids have no text.
-    known = [id_ for id_ in ids if id_ < context.tokenizer.vocab_size]
-    return context.tokenizer.decode(known, skip_special_tokens=skip_special_tokens)

@@ -7,10 +7,11 @@ from typing import Literal
 
 import numpy as np
 
+from bertrt.arguments import check_choice
 from bertrt.backends.base import Wanted
 from bertrt.batching import pack, plan_batches
 from bertrt.errors import InputError
-from bertrt.tasks.context import TaskContext, check_choice, computed
+from bertrt.tasks.context import TaskContext, computed
 
 PairOverflow = Literal["error", "truncate"]
 

@@ -8,10 +8,11 @@ from typing import Literal
 
 import numpy as np
 
+from bertrt.arguments import check_choice
 from bertrt.backends.base import Int64, TokenBatch, Wanted
 from bertrt.batching import offsets_of, plan_batches
 from bertrt.errors import InputError
-from bertrt.tasks.context import TaskContext, check_choice, computed
+from bertrt.tasks.context import TaskContext, computed
 from bertrt.tokenization import Encoded
 
 ScoreOverflow = Literal["error", "truncate"]
@@ -73,7 +74,9 @@ def _scored_positions(context: TaskContext, index: int, encoded: Encoded) -> Int
     special = [tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.mask_id]
     positions = np.flatnonzero(~np.isin(encoded.input_ids, special))
     if positions.shape[0] == 0:
-        raise InputError(f"text {index} has special tokens only; score needs at least one other token")
+        raise InputError(
+            f"text {index} has special tokens only; score needs at least one other token", index=index
+        )
     return positions.astype(np.int64)
 
 

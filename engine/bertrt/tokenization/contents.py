@@ -53,7 +53,7 @@ class ContentReader:
         """Tokenize texts.
 
         Args:
-            texts: see `listed`.
+            texts: each is read once.
             name: what an error calls a text, with ``{}`` for its index.
             enough: of a text with more than `LONG_TEXT` characters, a caller that has seen more tokens than
                 this needs no further ones; ``None`` if it needs all.
@@ -71,7 +71,7 @@ class ContentReader:
             first = name.format(index)
             if len(chunk[0]) > LONG_TEXT:
                 _check_surrogates(chunk, index, name)
-                contents = [np.concatenate(list(self._read_long(chunk[0], first, enough)))]
+                contents = [np.concatenate(list(self._read_long(chunk[0], first, index, enough)))]
             else:
                 try:
                     contents = self._read_chunk(chunk)
@@ -82,7 +82,8 @@ class ContentReader:
                 if content.shape[0] == 0:
                     raise EmptyTextError(
                         f"{name.format(index)} has no token: it is empty, or only white space and control "
-                        "characters; leave it out"
+                        "characters; leave it out",
+                        index=index,
                     )
                 yield content
                 index += 1
@@ -94,13 +95,14 @@ class ContentReader:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
-    def _read_long(self, text: str, name: str, enough: int | None) -> Iterator[Int32]:
+    def _read_long(self, text: str, name: str, index: int, enough: int | None) -> Iterator[Int32]:
         tokens = 0
         for piece in self._pieces(text):
             if len(piece) > _LONGEST_STRETCH:
                 raise InputError(
                     f"{name} has more than {_LONGEST_STRETCH} characters in a row without white space or "
-                    "punctuation; it cannot be tokenized in bounded memory, so break it up"
+                    "punctuation; it cannot be tokenized in bounded memory, so break it up",
+                    index=index,
                 )
             [content] = self._read_chunk([piece])
             yield content
@@ -118,22 +120,6 @@ class ContentReader:
             yield text[start : found.end()]
             start = found.end()
         yield text[start:]
-
-
-def listed(texts: Iterable[str], name: str) -> list[str]:
-    """The texts as a list; ``name`` is what an error calls a text, with ``{}`` for its index.
-
-    Raises:
-        InputError: a single text, or something in the list that is not a ``str``.
-    """
-    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
-        raise InputError(f"a list of texts was expected, got {type(texts).__name__}; put it into a list")
-    result = list(texts)
-    for index, text in enumerate(result):
-        if not isinstance(text, str):
-            hint = "; decode it first" if isinstance(text, bytes) else ""
-            raise InputError(f"{name.format(index)} must be a str, got {type(text).__name__}{hint}")
-    return result
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
@@ -157,5 +143,6 @@ def _check_surrogates(texts: Sequence[str], first: int, name: str) -> None:
         except UnicodeEncodeError as error:
             raise TextEncodingError(
                 f"{name.format(index)} has the lone surrogate U+{ord(text[error.start]):04X} at position "
-                f"{error.start}, which UTF-8 cannot hold; decode the text with the encoding it was written in"
+                f"{error.start}, which UTF-8 cannot hold; decode the text with the encoding it was written in",
+                index=index,
             ) from error

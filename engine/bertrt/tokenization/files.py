@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +31,48 @@ _PLAIN_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")
 _OTHER_SPECIALS = ("bos_token", "eos_token", "additional_special_tokens", "extra_special_tokens")
 
 
-def read_folder(folder: Path) -> Definition:
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """A folder, of which only some files may exist for the reader."""
+
+    folder: Path
+    names: Collection[str] | None
+
+    def has(self, name: str) -> bool:
+        return (self.names is None or name in self.names) and (self.folder / name).is_file()
+
+    def read(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file, empty if there is no such file."""
+        return _read_json(self.folder / name) if self.has(name) else {}
+
+
+def read_folder(folder: Path, names: Collection[str] | None = None) -> Definition:
     """Read ``tokenizer.json`` if there is one, else ``vocab.txt``, each with ``tokenizer_config.json``.
+
+    Args:
+        folder: that holds them.
+        names: the files that may be read, such as those of which a manifest has the hashes; by default all.
 
     Raises:
         TokenizerError: files missing, corrupt, or of another kind of tokenizer.
     """
-    configured = (folder / _CONFIG).is_file()
-    config = _read_json(folder / _CONFIG) if configured else {}
+    files = _Files(folder, names)
+    configured = files.has(_CONFIG)
+    config = files.read(_CONFIG)
     _check(config)
     # transformers writes these lists into the configuration from 4.34 on; before, each was a file.
     if "added_tokens_decoder" not in config:
-        config = _merged(config, _read_optional(folder / _SPECIAL_TOKENS))
-    if (folder / _TOKENIZER).is_file():
-        return _from_tokenizer_json(folder, config, configured)
-    if not (folder / _VOCAB).is_file():
+        config = _merged(config, files.read(_SPECIAL_TOKENS))
+    if files.has(_TOKENIZER):
+        return _from_tokenizer_json(files, config, configured)
+    if not files.has(_VOCAB):
         raise TokenizerError(
             f"there is neither {_TOKENIZER} nor {_VOCAB} in {str(folder)!r}; copy the model's tokenizer "
             "files into it"
         )
     settings = TokenizerSettings.from_config(config, clean_text=True, clean_up_tokenization_spaces=True)
     vocab = definitions.number(read_vocab(folder / _VOCAB))
-    return _with_tokens_of(Definition(vocab=vocab, settings=settings), folder, config)
+    return _with_tokens_of(Definition(vocab=vocab, settings=settings), files, config)
 
 
 def read_vocab(path: Path) -> list[str]:
@@ -69,8 +90,8 @@ def read_vocab(path: Path) -> list[str]:
     return lines
 
 
-def _from_tokenizer_json(folder: Path, config: Mapping[str, Any], configured: bool) -> Definition:
-    value = _read_json(folder / _TOKENIZER)
+def _from_tokenizer_json(files: _Files, config: Mapping[str, Any], configured: bool) -> Definition:
+    value = files.read(_TOKENIZER)
     own = definitions.normalizer_of(value)
     clean_text = own.pop("clean_text")
     unk_token = definitions.unk_token_of(value)
@@ -84,12 +105,12 @@ def _from_tokenizer_json(folder: Path, config: Mapping[str, Any], configured: bo
             f"{_TOKENIZER} calls the unknown token {unk_token!r}, {_CONFIG} {settings.unk_token!r}; make "
             "them agree"
         )
-    definition = _with_tokens_of(definitions.from_json(value, settings), folder, config)
+    definition = _with_tokens_of(definitions.from_json(value, settings), files, config)
     definitions.check_post_processor(value, definition)
     return definition
 
 
-def _with_tokens_of(definition: Definition, folder: Path, config: Mapping[str, Any]) -> Definition:
+def _with_tokens_of(definition: Definition, files: _Files, config: Mapping[str, Any]) -> Definition:
     """Add what the configuration and its companions list, in the order in which transformers does."""
     roles = [AddedToken.special_token(config[role], role) for role in ROLES if config.get(role) is not None]
     others = list(_other_specials(config))
@@ -99,7 +120,7 @@ def _with_tokens_of(definition: Definition, folder: Path, config: Mapping[str, A
         for key, value in _mapping(config["added_tokens_decoder"], "added_tokens_decoder").items():
             listed[_id(key)] = AddedToken.from_json(value, key)
     else:
-        for content, index in _read_optional(folder / _ADDED_TOKENS).items():
+        for content, index in files.read(_ADDED_TOKENS).items():
             token = {"content": content, "special": content in special}
             listed[_id(index)] = AddedToken.from_json(token, content)
     definition = definition.adding((listed[index], index) for index in sorted(listed))
@@ -156,10 +177,6 @@ def _mapping(value: object, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TokenizerError(f"{name} must be a JSON object, got {type(value).__name__}")
     return value
-
-
-def _read_optional(path: Path) -> dict[str, Any]:
-    return _read_json(path) if path.is_file() else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from bertrt.arguments import as_texts, check_choice
 from bertrt.errors import InputError, MaskNotFoundError, SequenceTooLongError, TokenizerError
 from bertrt.tokenization import definition as definitions
 from bertrt.tokenization import files, windows
-from bertrt.tokenization.contents import LONG_TEXT, ContentReader, listed
+from bertrt.tokenization.contents import LONG_TEXT, ContentReader
 from bertrt.tokenization.definition import Definition
 from bertrt.tokenization.settings import TokenizerSettings
 from bertrt.tokenization.windows import Encoded, Int32, Overflow
@@ -51,17 +52,22 @@ class WordPieceTokenizer:
         self._reader = ContentReader(self._tokenizer, (token.content for token in definition.added.values()))
 
     @classmethod
-    def from_folder(cls, folder: Path) -> WordPieceTokenizer:
+    def from_folder(cls, folder: Path, names: Collection[str] | None = None) -> WordPieceTokenizer:
         """Read ``tokenizer.json``, or ``vocab.txt``, with ``tokenizer_config.json``.
 
         Where both the first and the last are there, the configuration wins over the normaliser of
         ``tokenizer.json``, with ``BertTokenizerFast``'s defaults for what it leaves out. Without a
         configuration ``tokenizer.json`` is taken at its word, whereas transformers would lower the case.
 
+        Args:
+            folder: that holds the files.
+            names: the files that may be read, such as those of which a manifest has the hashes; by default
+                all.
+
         Raises:
             TokenizerError: files missing, corrupt, of another kind of tokenizer, or without a special token.
         """
-        return cls(files.read_folder(Path(folder)))
+        return cls(files.read_folder(Path(folder), names))
 
     @classmethod
     def from_vocab(cls, vocab: Sequence[str] | Path, settings: TokenizerSettings) -> WordPieceTokenizer:
@@ -133,15 +139,16 @@ class WordPieceTokenizer:
             TextEncodingError: a text with a lone surrogate.
         """
         size = max_length - windows.SPECIALS_OF_ONE
-        _check_choice(overflow, get_args(Overflow))
+        check_choice(overflow, name="overflow", choices=get_args(Overflow))
         if size < 1:
             raise InputError(f"max_length must be at least 3 ([CLS], a token, [SEP]), got {max_length}")
         if not 0 <= stride < size:
             raise InputError(
                 f"stride must be from 0 to {size - 1}, less than the {size} tokens of a window, got {stride}"
             )
-        texts = listed(texts, "text {}")
-        enough = None if overflow == "window" or keep_masks else size
+        texts = _listed(texts, "texts")
+        # Truncation has to see what it drops, to miss no mask.
+        enough = None if overflow == "window" or (keep_masks and overflow == "truncate") else size
         cls_id, sep_id = self.cls_id, self.sep_id
         result = []
         for index, content in enumerate(self._reader.read(texts, "text {}", enough=enough)):
@@ -157,7 +164,8 @@ class WordPieceTokenizer:
             else:
                 raise SequenceTooLongError(
                     f"text {index} has {_count(length + windows.SPECIALS_OF_ONE, texts[index])} tokens, the "
-                    f"model has {max_length} positions; shorten it or pass overflow='truncate' or 'window'"
+                    f"model has {max_length} positions; shorten it or pass overflow='truncate' or 'window'",
+                    index=index,
                 )
             result.append(
                 [windows.single(content[start:stop], start, cls_id, sep_id) for start, stop in cuts]
@@ -188,13 +196,13 @@ class WordPieceTokenizer:
             TextEncodingError: a text with a lone surrogate.
         """
         room = max_length - windows.SPECIALS_OF_PAIR
-        _check_choice(overflow, ("error", "truncate"))
+        check_choice(overflow, name="overflow", choices=("error", "truncate"))
         if room < 2:
             raise InputError(
                 f"max_length must be at least 5 ([CLS], a token, [SEP], a token, [SEP]), got {max_length}"
             )
         names = "the first text of pair {}", "the second text of pair {}"
-        a, b = listed(a, names[0]), listed(b, names[1])
+        a, b = _listed(a, "a"), _listed(b, "b")
         if len(a) != len(b):
             raise InputError(
                 f"there are {len(a)} first texts and {len(b)} second texts; give as many of both"
@@ -212,7 +220,8 @@ class WordPieceTokenizer:
                     count = _count(length + windows.SPECIALS_OF_PAIR, a[index], b[index])
                     raise SequenceTooLongError(
                         f"pair {index} has {count} tokens, the model has {max_length} positions; shorten it "
-                        "or pass overflow='truncate'"
+                        "or pass overflow='truncate'",
+                        index=index,
                     )
                 keep_first, keep_second = windows.longest_first(first.shape[0], second.shape[0], room)
                 first, second = first[:keep_first], second[:keep_second]
@@ -238,7 +247,8 @@ class WordPieceTokenizer:
         if lost:
             raise MaskNotFoundError(
                 f"truncating text {index} to its first {size} tokens would lose {lost} of its "
-                f"{self.mask_token}; move them forward, shorten the text, or pass overflow='window'"
+                f"{self.mask_token}; move them forward, shorten the text, or pass overflow='window'",
+                index=index,
             )
 
 
@@ -265,9 +275,11 @@ def _count(tokens: int, *texts: str) -> str:
     return f"at least {tokens}" if any(len(text) > LONG_TEXT for text in texts) else str(tokens)
 
 
-def _check_choice(value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise InputError(f"overflow must be one of {', '.join(map(repr, choices))}, got {value!r}")
+def _listed(texts: Sequence[str], name: str) -> list[str]:
+    items, single = as_texts(texts, name=name)
+    if single:
+        raise InputError(f"{name} is a single str, expected a sequence of them: put it into a list")
+    return items
 
 
 def _clean_up(text: str) -> str:

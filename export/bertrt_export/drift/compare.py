@@ -121,7 +121,7 @@ def measure_drift(
     budgets = resolve_budgets(manifest.precision, options.budgets)
     versions = require()
     check_reference(manifest, checkpoint)
-    tokenizer = WordPieceTokenizer.from_folder(folder.path)
+    tokenizer = WordPieceTokenizer.from_folder(folder.path, manifest.files)
     positions = manifest.architecture.max_position_embeddings
     name, content = (_name(text), read_text(text)) if isinstance(text, Path) else ("text", text)
     corpus = read_corpus(content, tokenizer, name=name, max_length=positions)
