@@ -11,8 +11,7 @@ from bertrt.manifest import Source
 def reference_folder(source: Source, reference: str | None, scratch: Path) -> Path:
     """Find or write the Hugging Face folder that an engine was made from.
 
-    The demo checkpoint is at hand, random weights are drawn again from their seed, and a model of the hub has
-    a name; of an engine that was made from a local folder the user says where that folder is.
+    Which one that is, `bertrt_export.checkpoints.reopen` says.
 
     Args:
         source: the engine's, from its manifest.
@@ -24,24 +23,9 @@ def reference_folder(source: Source, reference: str | None, scratch: Path) -> Pa
         CheckpointError: the checkpoint cannot be read.
     """
     # The exporter needs onnx and safetensors; a measurement without rivals does not.
-    from bertrt_export.checkpoints import open_checkpoint
+    from bertrt_export.checkpoints import reopen
 
-    if source.kind == "random":
-        if reference is not None:
-            raise InputError(
-                "the engine has random weights, which are drawn again for its rivals; leave out --reference"
-            )
-        opened = open_checkpoint(source.name, random=True, seed=source.seed or 0)
-    elif reference is not None:
-        opened = open_checkpoint(reference)
-    elif source.kind == "folder":
-        raise InputError(
-            f"the engine was exported from a local folder named {source.name!r}, and keeps its name only; "
-            "pass --reference FOLDER"
-        )
-    else:
-        opened = open_checkpoint(source.name, revision=source.revision)
-    with opened as checkpoint:
+    with reopen(source, reference) as checkpoint:
         found = checkpoint.source.weights_sha256
         if found != source.weights_sha256:
             raise InputError(

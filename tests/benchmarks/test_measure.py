@@ -200,9 +200,13 @@ def test_a_reference_without_a_rival_that_needs_it(fakes, demo_engine) -> None:
 
 
 def test_the_reference_of_an_engine(
-    demo_engine: Callable[..., Path], small_bert, save_checkpoint, tmp_path: Path
+    demo_engine: Callable[..., Path], small_bert, save_checkpoint, tmp_path: Path, monkeypatch
 ) -> None:
     demo = EngineFolder.open(demo_engine()).manifest.source
+    # An engine of that name, where the command runs.
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo/engine.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
     assert (reference_folder(demo, None, tmp_path) / "config.json").is_file()
     other = save_checkpoint(small_bert())
     with pytest.raises(

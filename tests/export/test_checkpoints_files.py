@@ -87,6 +87,15 @@ def test_index_with_a_file_that_is_missing(sharded: Path) -> None:
     assert f"{path.name!r}, which is not there" in message
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "a\ud800", "\x1b[31m"], ids=["long", "surrogate", "control"])
+def test_index_with_a_file_that_cannot_be_there(name: str, sharded: Path) -> None:
+    reindex(sharded, lambda index: index.update(dict.fromkeys(index, name)))
+    message = refusal(sharded, CorruptCheckpointError)
+    assert "which is not there" in message
+    assert message.isprintable()
+    assert len(message) < 500
+
+
 def test_index_that_does_not_fit_its_files(sharded: Path) -> None:
     first = min(path.name for path in sharded.glob("model-*"))
     reindex(sharded, lambda index: index.update({"cls.predictions.bias": first}))
@@ -136,6 +145,28 @@ def test_pytorch_file_cannot_run_code(zipped: bool, pickled: Path, tmp_path: Pat
     )
     assert "weights_only=True" in refusal(pickled, CorruptCheckpointError)
     assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensor: tensor.to("meta"),
+        lambda tensor: torch._neg_view(tensor),
+        lambda tensor: torch.zeros(1, 1).expand(tensor.shape),
+        lambda tensor: torch.zeros(1, tensor.shape[1]).expand(tensor.shape),
+    ],
+    ids=["meta", "negated", "expanded", "one row"],
+)
+def test_pytorch_tensor_without_numbers_of_its_own(
+    change: Callable[[torch.Tensor], torch.Tensor], pickled: Path
+) -> None:
+    path = pickled / "pytorch_model.bin"
+    tensors = torch.load(path, weights_only=True)
+    tensors["cls.seq_relationship.weight"] = change(tensors["cls.seq_relationship.weight"])
+    torch.save(tensors, path)
+    assert "'cls.seq_relationship.weight' without a number of its own" in refusal(
+        pickled, CorruptCheckpointError
+    )
 
 
 @pytest.mark.parametrize("value", [[torch.ones(2)], {"state_dict": {"a": torch.ones(2)}}, {3: torch.ones(2)}])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -106,6 +108,12 @@ def test_values() -> None:
             n = values.size
             assert abs(float(values.mean())) < 5 * 0.02 / n**0.5
             assert abs(float(values.std()) / 0.02 - 1) < 5 / (2 * n) ** 0.5
+
+
+def test_numpy_is_imported_whole_before_anything_is_drawn() -> None:
+    # A Ctrl-C while NumPy imports its generators on first use would be swallowed.
+    code = "import bertrt_export.checkpoints.random_weights, sys; assert 'numpy.random' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_tensor_depends_on_seed_and_name_only() -> None:

@@ -92,6 +92,33 @@ def test_configuration_that_is_not_utf8_or_too_large(folder: Path) -> None:
     assert "larger than" in refusal(folder, CorruptCheckpointError)
 
 
+def unconfigure(folder: Path, name: str) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config[name]
+    path.write_text(json.dumps(config))
+
+
+def test_configuration_without_model_type(folder: Path) -> None:
+    # Early releases of transformers wrote none.
+    unconfigure(folder, "model_type")
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.config["model_type"] == "bert"
+    for other in (["RobertaForMaskedLM"], "BertModel", [["BertModel"]]):
+        configure(folder, architectures=other)
+        assert "has no model_type, and says architectures=" in refusal(folder, UnsupportedModelError)
+    unconfigure(folder, "architectures")
+    open_checkpoint(folder).close()
+    configure(folder, model_type=None)
+    assert "model_type=None" in refusal(folder, UnsupportedModelError)
+
+
+def test_number_in_the_configuration_that_has_no_float(folder: Path) -> None:
+    configure(folder, initializer_range=10**400, hidden_dropout_prob=float("inf"))
+    with open_checkpoint(folder) as checkpoint:
+        assert not checkpoint.config.keys() & {"initializer_range", "hidden_dropout_prob"}
+
+
 def test_tie_word_embeddings_of_another_type(folder: Path) -> None:
     configure(folder, tie_word_embeddings="no")
     assert "tie_word_embeddings must be true or false, got 'no'" in refusal(folder, CorruptCheckpointError)
@@ -126,7 +153,7 @@ def test_types_that_are_not_read(dtype: torch.dtype, folder: Path) -> None:
 @pytest.mark.parametrize("name", ["embeddings.LayerNorm.bias", "encoder.layer.2.attention.self.key.weight"])
 def test_missing_tensor_of_the_encoder(name: str, folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.pop(f"bert.{name}"))
-    assert f": {name};" in refusal(folder, MissingTensorError)
+    assert f": {name!r};" in refusal(folder, MissingTensorError)
 
 
 def test_configuration_with_more_layers_than_the_weights(folder: Path) -> None:
@@ -167,7 +194,7 @@ def test_pooler_of_which_a_part_is_missing(folder: Path) -> None:
             del tensors[name]
 
     rewrite(folder, change)
-    assert "the rest of the pooler is there: pooler.dense.bias" in refusal(folder, MissingTensorError)
+    assert "the rest of the pooler is there: 'pooler.dense.bias'" in refusal(folder, MissingTensorError)
 
 
 def test_untied_decoder_that_is_missing(folder: Path) -> None:
@@ -205,6 +232,22 @@ def test_tensor_under_two_names(folder: Path) -> None:
 def test_two_biases_that_differ(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({"cls.predictions.decoder.bias": torch.ones(97)}))
     assert "two different biases" in refusal(folder, UnexpectedTensorError)
+
+
+def test_two_biases_that_are_not_finite(folder: Path) -> None:
+    both = dict.fromkeys(
+        ("cls.predictions.bias", "cls.predictions.decoder.bias"), torch.full([97], torch.nan)
+    )
+    rewrite(folder, lambda tensors: tensors.update({name: bias.clone() for name, bias in both.items()}))
+    assert "97 of 97 weights NaN" in refusal(folder, NonFiniteWeightsError)
+
+
+def test_tensor_names_are_written_without_control_characters(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({"\x1b[31m" + "x" * 10_000: torch.ones(1)}))
+    message = refusal(folder, UnexpectedTensorError)
+    assert r"'\x1b[31mxx" in message
+    assert message.isprintable()
+    assert len(message) < 500
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

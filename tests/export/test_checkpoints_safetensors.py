@@ -140,6 +140,10 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": ENTRY | {"shape": [2.0]}}, "broken header entry"),
         ({"a": ENTRY | {"shape": [True, 2]}}, "broken header entry"),
         ({"a": ENTRY | {"shape": [1] * 50 + [2]}}, "broken header entry"),
+        ({"a": ENTRY | {"shape": [10**4000] * 2}}, "broken header entry"),
+        ({"a": ENTRY | {"shape": [1 << 63]}}, "broken header entry"),
+        ({"a": ENTRY | {"data_offsets": [0, 10**4000]}}, "broken header entry"),
+        ({"\x1b" * 5000: ENTRY | {"dtype": "F" * 5000}}, "broken header entry"),
         ({"a": ENTRY | {"data_offsets": [0]}}, "broken header entry"),
         ({"a": ENTRY | {"data_offsets": [8, 0]}}, "gives -8 bytes"),
         ({"a": ENTRY | {"shape": [1 << 40]}}, "gives 8 bytes to 'a', F32"),
@@ -153,8 +157,11 @@ def test_broken_headers(header: bytes | dict[str, object], message: str, tmp_pat
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-    with pytest.raises(CorruptCheckpointError, match=message):
+    with pytest.raises(CorruptCheckpointError, match=message) as caught:
         SafetensorsFile(path)
+    said = str(caught.value).replace(str(path), "")
+    assert said.isprintable()
+    assert len(said) < 1000
 
 
 def test_header_that_claims_more_than_the_file_has(tmp_path: Path) -> None:

@@ -217,6 +217,15 @@ def test_an_engine_of_a_folder_needs_its_reference(
         run(*arguments, "--reference", "demo")
 
 
+def test_an_engine_named_demo_does_not_hide_the_checkpoint(
+    engine: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine().rename(tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    assert run("demo", "--examples", 10, "--no-save") == EXIT_OK
+    assert run("demo", "--examples", 10, "--no-save", "--reference", "demo") == EXIT_OK
+
+
 def test_the_demo_may_be_named_by_its_folder(engine: Callable[..., Path]) -> None:
     assert run(engine(), "--examples", 10, "--no-save", "--reference", demo_folder()) == EXIT_OK
 

@@ -45,7 +45,10 @@ class Checkpoint:
     checkpoint is made, values when they are read.
 
     A configuration that ties the decoder (as it does unless it says otherwise) makes the word embedding table
-    the decoder, even where the files hold another one: so transformers 4 reads them.
+    the decoder, even where the files hold another one: so transformers 4 reads them. An untied decoder has a
+    bias of its own in transformers 5, beside a ``cls.predictions.bias`` that nothing reads; where a checkpoint
+    holds both and they differ, the decoder's is taken. (transformers 4 computes with the other one, which
+    transformers 5, having saved such a file, left untrained.)
 
     Attributes:
         architecture: the dimensions.
@@ -68,7 +71,7 @@ class Checkpoint:
 
     Raises:
         MissingTensorError: a tensor of the encoder, or a part of a head, is not there.
-        UnexpectedTensorError: a tensor that this BERT does not have.
+        UnexpectedTensorError: a tensor that this BERT does not have, or two biases of a tied decoder.
         TensorShapeError: a tensor whose shape is not the configuration's, or that is not of a float type.
         TokenizerError: the tokenizer has tokens for which the model has no embedding.
     """
@@ -91,7 +94,9 @@ class Checkpoint:
         names = dict(naming.stored)
         plain = naming.plain
         if DECODER_BIAS in names:
-            _check_biases(store, names[MLM_BIAS], names.pop(DECODER_BIAS))
+            decoder_bias = names.pop(DECODER_BIAS)
+            if not _same_biases(store, names[MLM_BIAS], decoder_bias, tied=tied):
+                names[MLM_BIAS], plain = decoder_bias, False
         if DECODER_WEIGHT in names:
             same = np.array_equal(store.read(names[DECODER_WEIGHT]), store.read(names[WORD_EMBEDDINGS]))
             plain = plain and (same or not tied)
@@ -180,6 +185,9 @@ class Checkpoint:
         # transformers knows heads only beside tensors with the prefix, and BertModel alone without one.
         prefix = "bert." if self.heads.mlm or self.heads.nsp else ""
         written = {name if name.startswith("cls.") else prefix + name: name for name in self.tensor_names}
+        if self.heads.mlm and not self.tied_decoder:
+            # transformers 4 reads the bias under the one name, transformers 5 under the other.
+            written[DECODER_BIAS] = MLM_BIAS
         write_safetensors(
             out / "model.safetensors",
             {name: required_shape(self.architecture, canonical) for name, canonical in written.items()},
@@ -226,12 +234,15 @@ def _check_tensor(architecture: BertArchitecture, name: str, stored: str, store:
         )
 
 
-def _check_biases(store: TensorStore, bias: str, decoder_bias: str) -> None:
-    if not np.array_equal(store.read(bias), store.read(decoder_bias)):
+def _same_biases(store: TensorStore, bias: str, decoder_bias: str, *, tied: bool) -> bool:
+    # Two NaN are the same here; that they are no weights is said when they are read.
+    same = np.array_equal(store.read(bias), store.read(decoder_bias), equal_nan=True)
+    if tied and not same:
         raise UnexpectedTensorError(
             "the checkpoint holds two different biases of the masked-LM head, "
             f"{bias!r} and {decoder_bias!r}; BERT has one: remove the one that was not trained"
         )
+    return same
 
 
 def _check_tokenizer(architecture: BertArchitecture, tokenizer: WordPieceTokenizer) -> None:

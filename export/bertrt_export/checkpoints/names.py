@@ -14,11 +14,13 @@ from itertools import islice
 from bertrt.architecture import BertArchitecture
 from bertrt.errors import MissingTensorError, UnexpectedTensorError
 from bertrt.manifest import Heads
+from bertrt_export.checkpoints.store import quote
 
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 DECODER_WEIGHT = "cls.predictions.decoder.weight"
 MLM_BIAS = "cls.predictions.bias"
-# transformers registers the bias of the masked-LM head a second time, as the bias of its decoder.
+# transformers registers the bias of the masked-LM head a second time, as the bias of its decoder. Where the
+# decoder is untied, transformers 5 makes them two: it computes with the decoder's, and with zeros without one.
 DECODER_BIAS = "cls.predictions.decoder.bias"
 
 EMBEDDING_NAMES = (
@@ -159,7 +161,7 @@ def resolve_names(architecture: BertArchitecture, stored: Iterable[str], *, tied
             unexpected.append(name)
         elif canonical in found:
             raise UnexpectedTensorError(
-                f"the checkpoint holds {canonical!r} twice, as {found[canonical]!r} and as {name!r}; "
+                f"the checkpoint holds {quote(canonical)} twice, as {quote(found[canonical])} and as {quote(name)}; "
                 "remove one"
             )
         else:
@@ -173,8 +175,10 @@ def resolve_names(architecture: BertArchitecture, stored: Iterable[str], *, tied
     _require(found, encoder_names(architecture), "its configuration needs them")
     heads = _heads(found, tied=tied)
     # transformers (4.57) knows heads only beside prefixed tensors, and leaves a masked-LM head uninitialised
-    # whose bias is stored as the decoder's alone.
-    plain = (prefixed or not (heads.mlm or heads.nsp)) and (MLM_BIAS in found) >= (DECODER_BIAS in found)
+    # whose bias is stored as the decoder's alone; transformers 5 needs an untied one under both names.
+    biases = (MLM_BIAS in found, DECODER_BIAS in found)
+    found_by_all = biases[0] >= biases[1] if tied else biases[0] == biases[1]
+    plain = (prefixed or not (heads.mlm or heads.nsp)) and found_by_all
     if heads.mlm and MLM_BIAS not in found:
         found[MLM_BIAS] = found.pop(DECODER_BIAS)
     return Naming(stored=found, heads=heads, plain=plain)
@@ -223,4 +227,4 @@ def _require(found: Mapping[str, str], names: Iterable[str], reason: str) -> Non
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (" and more" if len(names) > _SHOWN else "")
+    return ", ".join(quote(name) for name in names[:_SHOWN]) + (" and more" if len(names) > _SHOWN else "")

@@ -29,8 +29,9 @@ def open_checkpoint(
     """Open a checkpoint.
 
     A local folder that exists wins; then ``demo``, the checkpoint that is built in; then a name on the hub
-    (``model`` or ``owner/model``). A name that starts with ``.``, ``/`` or ``~``, or has more than one ``/``,
-    is never looked for on the hub; nor is what is not a `str`.
+    (``model`` or ``owner/model``). A folder named ``demo`` wins only if it is a checkpoint: it has a
+    ``config.json``, and no ``engine.json`` as the engine of that name has. A name that starts with ``.``,
+    ``/`` or ``~``, or has more than one ``/``, is never looked for on the hub; nor is what is not a `str`.
 
     Args:
         source: a folder of Hugging Face files, ``demo``, a name on the hub, or with ``random`` one of
@@ -56,7 +57,8 @@ def open_checkpoint(
     folder = Path(source)
     if _is_folder(source):
         kind: SourceKind = "folder"
-        name = folder.resolve().name
+        # A file name may be any bytes, the engine's manifest is UTF-8.
+        name = folder.resolve().name.encode("utf-8", "replace").decode()
     elif source == DEMO:
         kind, name, folder = "demo", DEMO, demo_folder()
     else:
@@ -71,12 +73,57 @@ def open_checkpoint(
     return _open_folder(folder, kind, name, commit)
 
 
+def reopen(source: Source, given: str | None) -> Checkpoint:
+    """Open the checkpoint that an engine was made from.
+
+    The demo checkpoint is at hand, random weights are drawn again from their seed, and a model of the hub has
+    a name and a commit, whatever lies in the current folder; of an engine that was made from a local folder
+    the user says where that folder is.
+
+    Args:
+        source: the engine's, from its manifest.
+        given: what the user calls the checkpoint, see `open_checkpoint`; ``None`` to go by ``source``.
+
+    Raises:
+        InputError: nothing is given, and the engine knows only the name of a folder; or a checkpoint is
+            given for an engine with random weights.
+        CheckpointError: it cannot be opened; see `open_checkpoint`.
+    """
+    if source.kind == "random":
+        if given is not None:
+            raise InputError(
+                "the engine has random weights, which are drawn again from their seed; leave out --reference"
+            )
+        return _open_random(source.name, source.seed or 0)
+    if given is not None:
+        return open_checkpoint(given)
+    match source.kind:
+        case "demo":
+            return _open_folder(demo_folder(), "demo", DEMO, None)
+        case "hub":
+            if not is_hub_name(source.name):
+                raise CheckpointNotFoundError(
+                    f"the engine says that it was made from {source.name!r} on the hub, and that is no model "
+                    "name there; pass --reference"
+                )
+            folder, commit = download(source.name, source.revision)
+            return _open_folder(folder, "hub", source.name, commit)
+        case _:
+            raise InputError(
+                f"the engine was exported from a local folder named {source.name!r}, and keeps only its name; "
+                "pass --reference FOLDER"
+            )
+
+
 def _is_folder(source: str | os.PathLike[str]) -> bool:
     # An empty path would be the current folder.
     if not os.fspath(source):
         return False
+    folder = Path(source)
     try:
-        return Path(source).is_dir()
+        if source == DEMO:
+            return (folder / "config.json").is_file() and not (folder / "engine.json").exists()
+        return folder.is_dir()
     except OSError as error:
         raise CheckpointNotFoundError(
             f"cannot look for a checkpoint folder at {os.fspath(source)!r}: {error.strerror}; check the path"

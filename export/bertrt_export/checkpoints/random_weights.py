@@ -9,6 +9,10 @@ from itertools import product
 
 import numpy as np
 
+# Here and not through `np.random`: NumPy imports that module when it is first asked for it, and a Ctrl-C
+# meanwhile gets lost.
+from numpy.random import SFC64, Generator
+
 from bertrt.architecture import BertArchitecture
 from bertrt.backends.base import Float32
 from bertrt.errors import CheckpointNotFoundError, InputError
@@ -98,7 +102,7 @@ class RandomWeights:
             return np.ones(shape, np.float32)
         # Not hash(), which differs from run to run.
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
-        generator = np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
+        generator = Generator(SFC64(int.from_bytes(digest, "little")))
         values = generator.standard_normal(shape, dtype=np.float32)
         values *= np.float32(_DEVIATION)
         return values

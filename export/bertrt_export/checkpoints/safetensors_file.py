@@ -20,7 +20,7 @@ import numpy as np
 
 from bertrt.backends.base import Float32
 from bertrt.errors import CheckpointError, CorruptCheckpointError
-from bertrt_export.checkpoints.store import TensorInfo
+from bertrt_export.checkpoints.store import TensorInfo, quote
 
 # Size in bytes and NumPy's name of each type of the format; rarer ones are refused as unknown.
 _TYPES = {
@@ -44,6 +44,7 @@ _LENGTH_BYTES = 8
 # BERT-large has a header of 50 kB. The format's own limit of 100 MB would cost a gigabyte of memory.
 _LARGEST_HEADER = 16 << 20
 _LARGEST_RANK = 8
+_LARGEST_NUMBER = (1 << 63) - 1
 _GIT_LFS = b"version https://git-lfs"
 
 
@@ -128,18 +129,20 @@ class SafetensorsFile:
                 dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
                 numbers = [*shape, begin, end]
             except (TypeError, KeyError, ValueError) as error:
-                raise self._corrupt(f"has a broken header entry for {name!r}") from error
+                raise self._corrupt(f"has a broken header entry for {quote(name)}") from error
             if (
-                any(type(number) is not int or number < 0 for number in numbers)
+                any(type(number) is not int or not 0 <= number <= _LARGEST_NUMBER for number in numbers)
                 or len(shape) > _LARGEST_RANK
                 or not isinstance(dtype, str)
                 or dtype not in _TYPES
             ):
-                raise self._corrupt(f"has a broken header entry for {name!r}: {dtype!r} of shape {shape!r}")
+                raise self._corrupt(
+                    f"has a broken header entry for {quote(name)}: {quote(dtype)} of shape {quote(shape)}"
+                )
             width, kind = _TYPES[dtype]
             if end - begin != math.prod(shape) * width:
                 raise self._corrupt(
-                    f"gives {end - begin} bytes to {name!r}, {dtype} of shape {tuple(shape)} needs "
+                    f"gives {end - begin} bytes to {quote(name)}, {dtype} of shape {tuple(shape)} needs "
                     f"{math.prod(shape) * width}"
                 )
             infos[name] = TensorInfo(shape=tuple(shape), dtype=kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +12,16 @@ from bertrt.backends.base import Float32
 # What a weight may be stored as. Integers would be quantised weights, whose scales nobody here knows; float64
 # and the 8-bit floats occur in no BERT.
 FLOAT_TYPES = ("float32", "float16", "bfloat16")
+
+# Longer than any name that BERT has.
+_LONGEST_SHOWN = 120
+
+
+def quote(value: object) -> str:
+    """Write what a file says for a message: without control characters, and of bounded length."""
+    short = reprlib.Repr()
+    short.maxstring = _LONGEST_SHOWN
+    return short.repr(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

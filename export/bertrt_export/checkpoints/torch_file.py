@@ -11,7 +11,7 @@ import numpy as np
 
 from bertrt.backends.base import Float32
 from bertrt.errors import CheckpointError, CorruptCheckpointError
-from bertrt_export.checkpoints.store import TensorInfo
+from bertrt_export.checkpoints.store import TensorInfo, quote
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +57,12 @@ class TorchFile:
             raise CorruptCheckpointError(
                 f"{path} does not hold a dictionary of tensors by name; save the model's state_dict()"
             )
+        for name, value in values.items():
+            if value.layout == torch.strided and not _is_whole(value):
+                raise CorruptCheckpointError(
+                    f"{path} holds {quote(name)} without a number of its own for each of its elements (a meta "
+                    "tensor, an expanded or a lazily negated one); save the model's state_dict() anew"
+                )
         self._tensors: dict[str, torch.Tensor] = values
         self._infos = {
             name: TensorInfo(
@@ -81,3 +87,13 @@ class TorchFile:
     def close(self) -> None:
         """Let go of the mapped file."""
         self._tensors = {}
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    # An expanded tensor takes no room in the file, and any amount of memory once it is read.
+    return (
+        tensor.device.type == "cpu"
+        and not tensor.is_neg()
+        and not tensor.is_conj()
+        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+    )

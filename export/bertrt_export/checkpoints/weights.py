@@ -18,7 +18,7 @@ from bertrt.errors import (
 )
 from bertrt.manifest import safe_name
 from bertrt_export.checkpoints.safetensors_file import SafetensorsFile
-from bertrt_export.checkpoints.store import TensorInfo, TensorStore
+from bertrt_export.checkpoints.store import TensorInfo, TensorStore, quote
 from bertrt_export.checkpoints.torch_file import TorchFile
 
 # In the order in which transformers looks for them.
@@ -90,19 +90,24 @@ def _indexed(folder: Path, index: Path) -> dict[Path, frozenset[str]]:
     names: dict[Path, set[str]] = {}
     for tensor, file in entries.items():
         if not isinstance(file, str):
-            raise CorruptCheckpointError(f"{index} gives no file name for {tensor!r}; get the file anew")
+            raise CorruptCheckpointError(f"{index} gives no file name for {quote(tensor)}; get the file anew")
         try:
             # By its name only: in the hub's cache every file is a link to elsewhere.
             path = folder / safe_name(file)
         except UnsafePathError as error:
             raise UnsafePathError(
-                f"{index} names the file {file!r}, which lies outside its folder; do not use this checkpoint"
+                f"{index} names the file {quote(file)}, which lies outside its folder; do not use this checkpoint"
             ) from error
         names.setdefault(path, set()).add(tensor)
     for path in names:
-        if not path.is_file():
+        try:
+            there = path.is_file()
+        except OSError:
+            # A name that no file system takes.
+            there = False
+        if not there:
             raise CorruptCheckpointError(
-                f"{index} names {path.name!r}, which is not there; get the checkpoint anew"
+                f"{index} names {quote(path.name)}, which is not there; get the checkpoint anew"
             )
     return {path: frozenset(tensors) for path, tensors in names.items()}
 
@@ -128,11 +133,11 @@ class _Files:
                 if missing := sorted(needed - store.infos.keys()):
                     raise CorruptCheckpointError(
                         f"{path} lacks tensors that the index says it holds ({len(missing)}), "
-                        f"{missing[0]!r} among them; get the checkpoint anew"
+                        f"{quote(missing[0])} among them; get the checkpoint anew"
                     )
                 if twice := sorted(stores.keys() & store.infos.keys()):
                     raise CorruptCheckpointError(
-                        f"{path} holds {twice[0]!r}, and another file of the index does too; "
+                        f"{path} holds {quote(twice[0])}, and another file of the index does too; "
                         "get the checkpoint anew"
                     )
                 stores.update(dict.fromkeys(store.infos, store))

@@ -9,10 +9,8 @@ from bertrt.builtin import resolve
 from bertrt.cli.command import EXIT_CHECK_FAILED, EXIT_OK, Command
 from bertrt.cli.console import Progress, emit, note, table
 from bertrt.cli.engines import add_engine_arguments, natural_number, whole_number
-from bertrt.errors import InputError
 from bertrt.folder import EngineFolder
-from bertrt.manifest import Source
-from bertrt_export.checkpoints import Checkpoint, open_checkpoint
+from bertrt_export.checkpoints import reopen
 from bertrt_export.demo import evaluation_text
 from bertrt_export.drift.budgets import BOUNDED, parse_budgets, write_limit
 from bertrt_export.drift.compare import DEFAULT_EXAMPLES, DEFAULT_SEED, DriftOptions, measure_drift
@@ -80,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
     if folder.manifest.latency_only:
         note("the weights are random, so are the predictions; budgets are made for trained ones")
     with (
-        _open_reference(args.reference, folder.manifest.source) as checkpoint,
+        reopen(folder.manifest.source, args.reference) as checkpoint,
         Progress("examples", total=options.examples) as progress,
     ):
         report = measure_drift(
@@ -95,29 +93,6 @@ def _run(args: argparse.Namespace) -> int:
         kept = folder.path / HTML_NAME
     emit(report.to_json() if args.json else _describe(report, kept), as_json=args.json)
     return EXIT_OK if report.passed else EXIT_CHECK_FAILED
-
-
-def _open_reference(given: str | None, source: Source) -> Checkpoint:
-    """Open what the command names, or else what the engine says that it was made from.
-
-    Raises:
-        InputError: the engine knows only the name of a folder.
-        CheckpointError: it cannot be opened.
-    """
-    if given is not None:
-        return open_checkpoint(given)
-    match source.kind:
-        case "demo":
-            return open_checkpoint("demo")
-        case "hub":
-            return open_checkpoint(source.name, revision=source.revision)
-        case "random":
-            return open_checkpoint(source.name, random=True, seed=source.seed or 0)
-        case _:
-            raise InputError(
-                f"the engine was exported from a local folder named {source.name!r}, and keeps only its name; "
-                "pass --reference FOLDER"
-            )
 
 
 def _describe(report: DriftReport, kept: Path | None) -> str:
