@@ -119,9 +119,8 @@ def compare_prompts(
         position = np.flatnonzero(item.input_ids == tokenizer.mask_id).astype(np.int64)
         expected = reference.run(batch, position, layers=False).mlm_logits
         found = backend.run(batch, Wanted(mlm_positions=position, mlm_logits=True)).mlm_logits
-        # The caller knows that there is a head.
-        assert expected is not None  # noqa: S101
-        assert found is not None  # noqa: S101
+        assert expected is not None  # noqa: S101 - the caller knows that there is a head
+        assert found is not None  # noqa: S101 - likewise
         non_finite = int((~np.isfinite(found[0])).sum())
         both = log_softmax(expected[0]), log_softmax(found[0]) if not non_finite else None
         log_probs.append(both)
