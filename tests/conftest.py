@@ -30,6 +30,14 @@ def _two_threads() -> None:
     torch.set_num_threads(2)
 
 
+@pytest.fixture(scope="session", params=["native", "onnxruntime"])
+def backend_name(request: pytest.FixtureRequest) -> str:
+    """Each backend in turn; the native one is skipped where it is not built."""
+    if request.param == "native":
+        pytest.importorskip("bertrt._native", reason="the native kernels are not built")
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def small_bert() -> Callable[..., transformers.BertForPreTraining]:
     """A function that makes a small random BERT in eval mode; keywords change its configuration."""

@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final
+
+import numpy as np
 
 from bertrt.errors import InputError
 from bertrt.folder import EngineFolder
 from bertrt.tokenization import WordPieceTokenizer
 from bertrt_bench import agreement
 from bertrt_bench.agreement import Agreement
-from bertrt_bench.cases import TOP_K, Case, SpecialIds, make_question
+from bertrt_bench.cases import RANKED, TOP_K, Case, Question, SpecialIds, make_question
 from bertrt_bench.contestants import ENGINE, ContestantKind, Setup
 from bertrt_bench.process import ContestantProcess, Turn
 from bertrt_bench.reference import reference_folder
+from bertrt_bench.texts import make_text_question
 
 # Numbers in one array of an answer that is compared (16 MiB of float32).
 _LARGEST_ARRAY: Final = 1 << 22
@@ -94,7 +97,8 @@ class Arena:
             for number, kind in enumerate(self._kinds):
                 private = scratch / f"contestant-{number}"
                 private.mkdir()
-                process = ContestantProcess(kind, setup, private, timeout=self._timeout)
+                own = replace(setup, precision=kind.precision_beside(self._folder.manifest.precision))
+                process = ContestantProcess(kind, own, private, timeout=self._timeout)
                 self.contestants.append(stack.enter_context(process))
             self._ask_questions(scratch)
             self._stack = stack.pop_all()
@@ -129,14 +133,15 @@ class Arena:
         answers = []
         for contestant in self.contestants:
             expected = dict(shapes)
-            if contestant is not self.contestants[0] and case.task == "fill-mask":
+            if contestant is not self.contestants[0] and case.task in RANKED:
                 expected["all_log_probs"] = (shapes["ids"][0], architecture.vocab_size)
             answer = contestant.answer(index, case, rows=rows)
             agreement.check_answer(contestant.kind.name, case, answer, expected)
             answers.append(answer)
         checks = []
         for contestant, answer in zip(self.contestants[1:], answers[1:], strict=True):
-            precision = agreement.coarser(manifest.precision, contestant.kind.precision)
+            theirs = contestant.kind.precision_beside(manifest.precision)
+            precision = agreement.coarser(manifest.precision, theirs)
             outcome = agreement.compare(case, precision, answers[0], answer)
             agreement.require(case, contestant.kind.name, outcome)
             checks.append(Check(rival=contestant.kind.name, agreement=outcome))
@@ -148,19 +153,33 @@ class Arena:
         """Let one contestant run a case while the others are at rest; see `ContestantProcess.time`."""
         return contestant.time(self.cases.index(case), case, warmup=warmup, runs=runs, seconds=seconds)
 
+    def peak(self) -> float | None:
+        """The engine's `bertrt_bench.contestants.engine.EngineContestant.peak`, measured now."""
+        return self.contestants[0].peak()
+
     def _ask_questions(self, scratch: Path) -> None:
         manifest = self._folder.manifest
-        architecture = manifest.architecture
-        special = SpecialIds.of(WordPieceTokenizer.from_folder(self._folder.path, manifest.files))
+        tokenizer = WordPieceTokenizer.from_folder(self._folder.path, manifest.files)
         for index, case in enumerate(self.cases):
             folder = scratch / f"question-{index}"
             folder.mkdir()
-            make_question(
-                case,
-                special=special,
-                vocab_size=architecture.vocab_size,
-                type_vocab_size=architecture.type_vocab_size,
-                seed=self._seed,
-            ).save(folder)
+            self._question(case, tokenizer).save(folder)
             for contestant in self.contestants:
                 contestant.prepare(index, case, folder)
+
+    def _question(self, case: Case, tokenizer: WordPieceTokenizer) -> Question:
+        text = replace(case, task="fill-mask-text")
+        if case == text:
+            return make_text_question(case, tokenizer, seed=self._seed)
+        if case.task == "features" and text in self.cases:
+            # The same text, so that the one time can be held against the other.
+            tokens = make_text_question(text, tokenizer, seed=self._seed).tokens
+            return Question(case=case, tokens=tokens, masks=np.zeros(0, dtype=np.int64))
+        architecture = self._folder.manifest.architecture
+        return make_question(
+            case,
+            special=SpecialIds.of(tokenizer),
+            vocab_size=architecture.vocab_size,
+            type_vocab_size=architecture.type_vocab_size,
+            seed=self._seed,
+        )

@@ -31,15 +31,27 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batch",
-        default=_join(_DEFAULTS.batches),
         metavar="N[,...]",
-        help="sequences of one run (default %(default)s)",
+        help=f"sequences of one run (default {_join(_DEFAULTS.batches)}, or none with --lengths-from)",
     )
     parser.add_argument(
         "--sequence",
-        default=_join(_DEFAULTS.sequences),
         metavar="N[,...]",
-        help="tokens of a sequence, special ones included (default %(default)s)",
+        help="tokens of a sequence, special ones included "
+        f"(default {_join(_DEFAULTS.sequences)}, or none with --lengths-from)",
+    )
+    parser.add_argument(
+        "--lengths-from",
+        metavar="FILE",
+        help="run sequences as long as the paragraphs of this text, all in one run; rivals get them sorted by "
+        "length, in padded batches",
+    )
+    parser.add_argument(
+        "--paragraphs",
+        type=whole_number,
+        default=_DEFAULTS.paragraphs,
+        metavar="N",
+        help="of --lengths-from, at most (default %(default)s)",
     )
     parser.add_argument(
         "--against",
@@ -137,8 +149,10 @@ def _options(args: argparse.Namespace) -> BenchOptions:
     return BenchOptions(
         engine=args.engine,
         tasks=tuple(tasks),
-        batches=parse_numbers("batch", args.batch),
-        sequences=parse_numbers("sequence", args.sequence),
+        batches=_numbers(args, "batch", _DEFAULTS.batches),
+        sequences=_numbers(args, "sequence", _DEFAULTS.sequences),
+        lengths_from=args.lengths_from,
+        paragraphs=args.paragraphs,
         threads=args.threads,
         against=tuple(args.against.split(",")) if args.against else (),
         reference=args.reference,
@@ -151,6 +165,15 @@ def _options(args: argparse.Namespace) -> BenchOptions:
         seed=args.seed,
         timeout=args.timeout,
     )
+
+
+def _numbers(args: argparse.Namespace, option: str, default: Sequence[int]) -> Sequence[int]:
+    given = getattr(args, option)
+    if given is not None:
+        return parse_numbers(option, given)
+    # A mix alone is asked for, unless shapes are too.
+    alone = args.lengths_from is not None and args.batch is None and args.sequence is None
+    return () if alone else default
 
 
 def _check_writable(path: Path) -> None:
@@ -171,7 +194,8 @@ COMMAND = Command(
     name="bench",
     help="measure an engine's speed, in turns with a rival",
     example="bertrt bench demo --batch 1,8 --sequence 16,128 --threads 2 --against torch\n"
-    "bertrt bench engine --task fill-mask,mlm-all --batch 1 --sequence 128 --repeats 200 --json bench.json",
+    "bertrt bench engine --task fill-mask,mlm-all --batch 1 --sequence 128 --repeats 200 --json bench.json\n"
+    "bertrt bench engine --lengths-from book.txt --against onnxruntime,openvino",
     add_arguments=_add_arguments,
     run=_run,
 )

@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 from bertrt import machine
 from bertrt.builtin import resolve
 from bertrt.folder import EngineFolder
+from bertrt.tokenization import WordPieceTokenizer
 from bertrt_bench.arena import Arena
 from bertrt_bench.cases import Case
 from bertrt_bench.contestants import ENGINE, RIVALS, ContestantKind
+from bertrt_bench.lengths import Lengths, read_lengths
 from bertrt_bench.options import BenchOptions, check_fits
 from bertrt_bench.report import CaseResult, Comparison, ContestantRecord, Report
-from bertrt_bench.timings import speedup, summarise
+from bertrt_bench.timings import Speedup, Timings, speedup, summarise
+from bertrt_bench.work import encoder_operations
 
 
 def measure(
@@ -45,7 +50,8 @@ def measure(
     """
     rivals = options.kinds(registry)
     folder = EngineFolder.open(resolve(options.engine, verify=options.verify), verify=options.verify)
-    cases = options.cases()
+    lengths = _lengths(options, folder)
+    cases = options.cases(None if lengths is None else lengths.tokens)
     check_fits(cases, folder.manifest)
     started, start = datetime.now(UTC), time.monotonic()
     load = os.getloadavg()[0]
@@ -64,18 +70,38 @@ def measure(
         for case in cases:
             checks[case] = {check.rival: check.agreement for check in arena.check(case)}
             on_step()
+        # Before and after, as a processor's clock drifts: the better is nearer to what it can do.
+        peaks = [arena.peak()]
         times = take_turns(arena, cases, options, on_step=on_step)
+        peaks.append(arena.peak())
         records = [ContestantRecord.of(contestant, options.thread_count) for contestant in arena.contestants]
+    peak = max((value for value in peaks if value is not None), default=None)
+    figures = {
+        case: {record.name: summarise(times[case, record.name], case) for record in records} for case in cases
+    }
     results = []
     for case in cases:
-        timings = {record.name: summarise(times[case, record.name], case) for record in records}
+        timings = figures[case]
         comparisons = {
             rival.name: Comparison(
                 speedup=speedup(timings[engine.name], timings[rival.name]), agreement=checks[case][rival.name]
             )
             for rival in rivals
         }
-        results.append(CaseResult(case=case, timings=timings, comparisons=comparisons))
+        share = None
+        if peak is not None and case.task == "features":
+            operations = encoder_operations(case, folder.manifest.architecture)
+            seconds = timings[engine.name].p50_ms / 1000
+            share = operations / seconds / (peak * options.thread_count)
+        results.append(
+            CaseResult(
+                case=case,
+                timings=timings,
+                comparisons=comparisons,
+                share_of_peak=share,
+                over_features=_over_features(case, figures, engine.name),
+            )
+        )
     return Report(
         options=options,
         manifest=folder.manifest,
@@ -85,6 +111,8 @@ def measure(
         duration_seconds=time.monotonic() - start,
         contestants=records,
         results=results,
+        lengths=lengths,
+        peak=peak,
     )
 
 
@@ -116,4 +144,24 @@ def take_turns(
 
 def count_steps(options: BenchOptions) -> int:
     """Steps of `measure`: a check of each case, and a turn of each contestant in each case and round."""
-    return len(options.cases()) * (1 + options.round_count * (1 + len(options.against)))
+    return options.case_count * (1 + options.round_count * (1 + len(options.against)))
+
+
+def _lengths(options: BenchOptions, folder: EngineFolder) -> Lengths | None:
+    if options.lengths_from is None:
+        return None
+    return read_lengths(
+        Path(options.lengths_from),
+        WordPieceTokenizer.from_folder(folder.path, folder.manifest.files),
+        most=options.paragraphs,
+        max_length=folder.manifest.architecture.max_position_embeddings,
+    )
+
+
+def _over_features(
+    case: Case, figures: Mapping[Case, Mapping[str, Timings]], contestant: str
+) -> Speedup | None:
+    features = replace(case, task="features")
+    if case.task != "fill-mask-text" or features not in figures:
+        return None
+    return speedup(figures[features][contestant], figures[case][contestant])

@@ -10,7 +10,7 @@ from typing import Final
 from bertrt.errors import InputError, MissingHeadError
 from bertrt.machine import usable_cpus
 from bertrt.manifest import Manifest
-from bertrt_bench.cases import TASKS, Case, Task, shortest
+from bertrt_bench.cases import MASKED, TASKS, Case, Task, shortest
 from bertrt_bench.contestants import RIVALS, ContestantKind
 
 # Above these a run is no benchmark any more, or its answer does not fit into memory beside the models.
@@ -21,13 +21,16 @@ _BYTES_PER_LOGIT: Final = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
-    """One benchmark; every combination of task, batch and sequence is a case.
+    """One benchmark; every combination of task, batch and sequence is a case, and so is each task over a mix.
 
     Attributes:
         engine: an engine folder, or the name of a built-in engine.
         tasks: what is asked; see `bertrt_bench.cases.Case`.
         batches: sequences in one run.
         sequences: tokens of each, special tokens included.
+        lengths_from: a text whose paragraphs' lengths are such a mix (see `bertrt_bench.lengths`); with it
+            ``batches`` and ``sequences`` may be empty.
+        paragraphs: the most of them that are taken, from the start of the text.
         threads: of every contestant; ``None`` for all the CPUs that this process may use.
         against: names of the rivals.
         reference: the checkpoint that the engine was made from, for rivals that need it; ``None`` for
@@ -47,6 +50,8 @@ class BenchOptions:
     tasks: Sequence[Task] = ("features",)
     batches: Sequence[int] = (1, 8)
     sequences: Sequence[int] = (16, 128)
+    lengths_from: str | None = None
+    paragraphs: int = 512
     threads: int | None = None
     against: Sequence[str] = ()
     reference: str | None = None
@@ -60,13 +65,16 @@ class BenchOptions:
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "batches", "sequences"):
-            _check_list(name, getattr(self, name))
+        _check_list("tasks", self.tasks)
+        if self.lengths_from is None or self.batches or self.sequences:
+            _check_list("batches", self.batches)
+            _check_list("sequences", self.sequences)
         for task in self.tasks:
             if task not in TASKS:
                 raise InputError(f"there is no task {task!r}; choose from {', '.join(TASKS)}")
         _check_whole("batch", *self.batches, least=1)
         _check_whole("sequence", *self.sequences, least=1)
+        _check_whole("paragraphs", self.paragraphs, least=1)
         _check_whole("warmup", self.warmup, least=0)
         _check_whole("rounds", self.rounds, least=1)
         _check_whole("seed", self.seed, least=0)
@@ -95,14 +103,38 @@ class BenchOptions:
         """Rounds: not more than there are timed runs."""
         return self.rounds if self.repeats is None else min(self.rounds, self.repeats)
 
-    def cases(self) -> list[Case]:
-        """All the cases, task by task, small shapes first as they were given."""
-        return [
-            Case(task=task, batch=batch, sequence=sequence)
-            for task in self.tasks
-            for batch in self.batches
-            for sequence in self.sequences
-        ]
+    @property
+    def case_count(self) -> int:
+        """How many cases there are."""
+        shapes = len(self.batches) * len(self.sequences)
+        return len(self.tasks) * (shapes + (self.lengths_from is not None))
+
+    def cases(self, lengths: Sequence[int] | None = None) -> list[Case]:
+        """All the cases, task by task, small shapes first as they were given, then the mix.
+
+        Args:
+            lengths: of the mix, if ``lengths_from`` asks for one; what is too short for a task is left out of
+                its mix.
+
+        Raises:
+            InputError: nothing is left of the mix.
+        """
+        found = []
+        for task in self.tasks:
+            found += [
+                Case(task=task, batch=batch, sequence=sequence)
+                for batch in self.batches
+                for sequence in self.sequences
+            ]
+            if lengths is None:
+                continue
+            usable = [length for length in lengths if length >= shortest(task)]
+            if not usable:
+                raise InputError(
+                    f"no paragraph has the {shortest(task)} tokens that {task} needs; pass another text"
+                )
+            found.append(Case.mix(task, usable))
+        return found
 
     def kinds(self, registry: Mapping[str, ContestantKind] = RIVALS) -> list[ContestantKind]:
         """The rivals.
@@ -137,7 +169,7 @@ def check_fits(cases: Sequence[Case], manifest: Manifest) -> None:
     """
     architecture, heads = manifest.architecture, manifest.heads
     for case in cases:
-        if case.task in ("fill-mask", "mlm-all") and not heads.mlm:
+        if case.task in MASKED and not heads.mlm:
             raise MissingHeadError(
                 f"task {case.task} needs the masked-LM head, which this engine's checkpoint lacks"
             )
@@ -160,7 +192,9 @@ def check_fits(cases: Sequence[Case], manifest: Manifest) -> None:
                 f"{case} has {case.tokens} tokens, the limit is {_LARGEST_RUN_TOKENS}; ask for less"
             )
         logits = case.tokens * architecture.vocab_size * _BYTES_PER_LOGIT
-        if case.task in ("fill-mask", "mlm-all") and logits > _LARGEST_ANSWER_BYTES:
+        # Of a mix, the logits of one padded block at a time are enough, but where all are asked for.
+        whole = case.task == "mlm-all" or case.lengths is None
+        if case.task in MASKED and whole and logits > _LARGEST_ANSWER_BYTES:
             raise InputError(
                 f"{case} makes {logits / 1e9:.1f} GB of logits where the head runs at every position, the "
                 f"limit is {_LARGEST_ANSWER_BYTES / 1e9:.1f} GB; ask for a smaller batch or sequence"

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final
@@ -135,10 +135,11 @@ class ContestantProcess:
 
     def prepare(self, index: int, case: Case, folder: Path) -> None:
         """Have the question in ``folder`` (see `Question.save`) prepared under a number."""
-        self._ask(
+        prepared = self._ask(
             f"preparing {case}",
-            {"op": "prepare", "index": index, "case": asdict(case), "folder": str(folder)},
+            {"op": "prepare", "index": index, "case": case.to_json(), "folder": str(folder)},
         )
+        self.details = _strings(prepared.get("details"))
 
     def answer(self, index: int, case: Case, *, rows: int) -> Answer:
         """Run the prepared case once and return ``rows`` rows of its answer; see `protocol.sample_rows`."""
@@ -168,6 +169,13 @@ class ContestantProcess:
             raise MeasurementError(f"{self.kind.name}: its worker reported no idle time")
         self.idle_cpu_seconds += max(0.0, idle)
         return Turn(nanoseconds=times, idle_cpu_seconds=float(idle))
+
+    def peak(self) -> float | None:
+        """Operations per second that one core reaches at best, measured now, if the contestant can tell."""
+        found = self._ask("measuring its peak", {"op": "peak"}).get("operations_per_second")
+        if found is not None and not isinstance(found, int | float):
+            raise MeasurementError(f"{self.kind.name}: its worker reported no peak")
+        return found
 
     def _start(self) -> None:
         with self._errors.open("wb") as errors:

@@ -3,10 +3,11 @@
 The parent writes a request, the worker answers it with one line; requests are::
 
     {"op": "open", "factory": "module:function", "setup": {...}}    -> {"versions": {...}, "details": {...}}
-    {"op": "prepare", "index": 0, "case": {...}, "folder": PATH}    -> {}
+    {"op": "prepare", "index": 0, "case": {...}, "folder": PATH}    -> {"details": {...}}
     {"op": "answer", "index": 0, "folder": PATH, "rows": 144}       -> {"arrays": [NAME, ...]}
     {"op": "time", "index": 0, "warmup": 1, "runs": 1, "seconds": 0.4}
         -> {"nanoseconds": [...], "idle_cpu_seconds": 0.0}, after the worker's threads have come to rest
+    {"op": "peak"}                                                  -> {"operations_per_second": 1e12}, or null
 
 A request that fails is answered with ``{"error": MESSAGE}``, and the worker goes on. It ends when its
 standard input does.

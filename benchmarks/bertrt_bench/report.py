@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -14,6 +15,7 @@ from bertrt.machine import Machine
 from bertrt.manifest import Manifest
 from bertrt_bench.agreement import MEASURES, Agreement
 from bertrt_bench.cases import TOP_K, Case
+from bertrt_bench.lengths import Lengths
 from bertrt_bench.options import BenchOptions
 from bertrt_bench.process import ContestantProcess
 from bertrt_bench.timings import Speedup, Timings
@@ -66,11 +68,23 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaseResult:
-    """All the figures of one case, by contestant, and the comparisons by rival."""
+    """All the figures of one case.
+
+    Attributes:
+        case: what it is.
+        timings: by contestant.
+        comparisons: by rival.
+        share_of_peak: of what the engine's threads could compute at `Report.peak`, the encoder's products in
+            the median time; features on the native backend only.
+        over_features: how many times as long as the features of the same text the engine took from a text on,
+            if both were measured.
+    """
 
     case: Case
     timings: Mapping[str, Timings]
     comparisons: Mapping[str, Comparison]
+    share_of_peak: float | None = None
+    over_features: Speedup | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +100,9 @@ class Report:
         duration_seconds: of the whole benchmark.
         contestants: the engine first.
         results: by case, in the order that was asked for.
+        lengths: the mix of lengths, if there was one.
+        peak: operations per second that one core reached with the engine's instruction set and precision in
+            this run; the native backend only.
     """
 
     options: BenchOptions
@@ -96,6 +113,8 @@ class Report:
     duration_seconds: float
     contestants: Sequence[ContestantRecord]
     results: Sequence[CaseResult]
+    lengths: Lengths | None = None
+    peak: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON value; times in milliseconds, unless a name says otherwise."""
@@ -126,14 +145,23 @@ class Report:
                 "seconds": None if options.repeats is not None else options.seconds,
                 "seed": options.seed,
                 "top_k": TOP_K,
+                "lengths": None if self.lengths is None else _mix(self.lengths),
             },
+            "peak_operations_per_second": self.peak,
             "contestants": [
                 {**asdict(record), "versions": dict(record.versions), "details": dict(record.details)}
                 for record in self.contestants
             ],
             "cases": [
                 {
-                    **asdict(result.case),
+                    "task": result.case.task,
+                    "batch": result.case.batch,
+                    "sequence": result.case.sequence,
+                    # Those of a mix are told once, above.
+                    "mix": result.case.lengths is not None,
+                    "tokens": result.case.tokens,
+                    "share_of_peak": result.share_of_peak,
+                    "over_features": None if result.over_features is None else asdict(result.over_features),
                     "timings": {
                         name: {**asdict(timings), "round_p50_ms": list(timings.round_p50_ms)}
                         for name, timings in result.timings.items()
@@ -176,6 +204,14 @@ class Report:
             facts += [f"{name} {value}" for name, value in record.details.items()]
             facts.append(f"{record.threads} thread{'' if record.threads == 1 else 's'}")
             lines += [f"{record.name}: {record.description}", f"  {', '.join(facts)}"]
+        if self.lengths is not None:
+            mix = _mix(self.lengths)
+            lines.append(
+                f"mix: {mix['paragraphs']} paragraphs of {mix['name']}, {mix['least']} to {mix['most']} tokens, "
+                f"median {mix['median']:g}, together {mix['tokens']:,}; padded rivals sort them by length"
+            )
+        if self.peak is not None:
+            lines.append(f"peak: {self.peak / 1e12:.2f} T operations/s on one core, measured in this run")
         return lines
 
     def _table(self) -> str:
@@ -183,13 +219,16 @@ class Report:
         rows = [
             ["task", "batch", "seq", "", "p50 ms", "p90", "p99", "mean", "± sd", "seq/s", "tokens/s", "runs"]
         ]
+        if self.peak is not None:
+            rows[0].append("of peak")
         if rivals:
             rows[0].append("engine is faster by (rounds)")
         for result in self.results:
             case = result.case
             for name, timings in result.timings.items():
                 first = name == self.contestants[0].name
-                shape = [case.task, str(case.batch), str(case.sequence)] if first else ["", "", ""]
+                length = str(case.sequence) if case.lengths is None else "mix"
+                shape = [case.task, str(case.batch), length] if first else ["", "", ""]
                 milliseconds = (
                     timings.p50_ms,
                     timings.p90_ms,
@@ -203,13 +242,21 @@ class Report:
                     f"{timings.tokens_per_second:,.0f}",
                     str(timings.runs),
                 ]
+                if self.peak is not None:
+                    share = result.share_of_peak if first else None
+                    row.append("" if share is None else f"{share:.0%}")
                 if rivals:
                     row.append(_ratio(result.comparisons[name].speedup) if name in result.comparisons else "")
                 rows.append(row)
-        return table(rows, align="<>><>>>>>>>>>", indent="")
+        align = "<>><>>>>>>>>" + (">" if self.peak is not None else "") + (">" if rivals else "")
+        return table(rows, align=align, indent="")
 
     def _foot(self) -> list[str]:
-        lines = []
+        lines = [
+            f"{result.case}: {_ratio(result.over_features)} the time of the same text's features"
+            for result in self.results
+            if result.over_features is not None
+        ]
         for record in self.contestants[1:]:
             worst: dict[str, Agreement] = {}
             for result in self.results:
@@ -231,6 +278,20 @@ def _short(value: float) -> str:
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def _mix(lengths: Lengths) -> dict[str, Any]:
+    tokens = sorted(lengths.tokens)
+    return {
+        "name": lengths.name,
+        "sha256": lengths.sha256,
+        "paragraphs": len(tokens),
+        "cut": lengths.cut,
+        "tokens": sum(tokens),
+        "least": tokens[0],
+        "median": statistics.median(tokens),
+        "most": tokens[-1],
+    }
 
 
 def _ratio(speedup: Speedup) -> str:

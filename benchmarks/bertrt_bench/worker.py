@@ -92,9 +92,15 @@ class Worker:
         if self._contestant is None:
             raise RuntimeError(f"{operation!r} before 'open'")
         if operation == "prepare":
-            question = Question.load(Path(request["folder"]), Case(**request["case"]))
+            question = Question.load(Path(request["folder"]), Case.from_json(request["case"]))
             self._runs[request["index"]] = self._contestant.prepare(question)
-            return {}
+            come_to_rest()
+            return {"details": dict(self._contestant.details)}
+        if operation == "peak":
+            # Not every contestant knows one.
+            peak = getattr(self._contestant, "peak", lambda: None)()
+            come_to_rest()
+            return {"operations_per_second": peak}
         if operation == "answer":
             answer: Answer = self._runs[request["index"]]()
             come_to_rest()

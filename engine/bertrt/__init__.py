@@ -27,12 +27,15 @@ __all__ = [
     "WordPieceTokenizer",
     "__version__",
     "errors",
+    "get_include",
+    "get_library_dir",
 ]
 
 if TYPE_CHECKING:
     from bertrt import errors
     from bertrt.architecture import BertArchitecture
     from bertrt.backends.base import Backend, BatchOutput, TokenBatch, Wanted
+    from bertrt.c_library import get_include, get_library_dir
     from bertrt.engine import Engine
     from bertrt.errors import BertRTError, InputError
     from bertrt.manifest import Heads, Manifest
@@ -57,6 +60,8 @@ else:
         "TokenBatch": "bertrt.backends.base",
         "Wanted": "bertrt.backends.base",
         "WordPieceTokenizer": "bertrt.tokenization",
+        "get_include": "bertrt.c_library",
+        "get_library_dir": "bertrt.c_library",
     }
 
     def __getattr__(name):

@@ -14,8 +14,9 @@ from bertrt.errors import InputError
 if TYPE_CHECKING:
     from bertrt.tokenization import Encoded
 
-# Padded tokens of one batch. A few thousand rows keep every core busy in the matrix products: on two cores, four
-# times as many were no faster and took twice the memory. BERT-large's widest activation of it is 64 MiB.
+# Tokens of one batch, padding included where a backend pads. A few thousand rows keep every core busy in the matrix
+# products: on two cores, four times as many were no faster and took twice the memory. BERT-large's widest
+# activation of it is 64 MiB.
 DEFAULT_TOKEN_BUDGET = 4_096
 MAX_SEQUENCES = 256
 # Rows of logits in one batch: 1,024 rows over 30,522 WordPieces are 125 MB.
@@ -26,6 +27,7 @@ def plan_batches(
     lengths: npt.ArrayLike,
     *,
     token_budget: int,
+    pads: bool = True,
     max_sequences: int = MAX_SEQUENCES,
     positions: npt.ArrayLike | None = None,
     max_positions: int = MAX_MASKED_POSITIONS,
@@ -38,7 +40,8 @@ def plan_batches(
 
     Args:
         lengths: ``[sequences]``, tokens of each sequence.
-        token_budget: the most padded tokens of a batch: its longest sequence times its sequences.
+        token_budget: the most tokens of a batch.
+        pads: whether each sequence counts with the tokens of the batch's longest, or with its own.
         max_sequences: the most sequences of a batch.
         positions: ``[sequences]``, positions of each sequence at which the masked-LM head will run; ``None``
             when it will not.
@@ -67,17 +70,24 @@ def plan_batches(
 
     order = np.argsort(-sizes, kind="stable")
     sizes, ends = sizes[order], np.cumsum(rows[order])
+    token_ends = np.cumsum(sizes)
     batches: list[Int64] = []
     begin = 0
     while begin < order.shape[0]:
-        count = min(max_sequences, token_budget // max(int(sizes[begin]), 1))
-        before = int(ends[begin - 1]) if begin else 0
-        # The first sequence at which the running number of positions is over the limit.
-        full = int(np.searchsorted(ends, before + max_positions, side="right"))
-        end = max(begin + 1, min(begin + count, full))
+        if pads:
+            fits = begin + token_budget // max(int(sizes[begin]), 1)
+        else:
+            fits = _first_over(token_ends, begin, token_budget)
+        end = max(begin + 1, min(begin + max_sequences, fits, _first_over(ends, begin, max_positions)))
         batches.append(order[begin:end])
         begin = end
     return batches
+
+
+def _first_over(ends: Int64, begin: int, limit: int) -> int:
+    """Where a running total, counted from ``begin``, is over a limit for the first time."""
+    before = int(ends[begin - 1]) if begin else 0
+    return int(np.searchsorted(ends, before + limit, side="right"))
 
 
 def pack(encodings: Sequence[Encoded]) -> TokenBatch:

@@ -23,7 +23,7 @@ from bertrt.tasks.features import Pooling
 from bertrt.tasks.fill_mask import DEFAULT_MAX_MASKS, DEFAULT_TOP_K, TextPredictions
 from bertrt.tasks.next_sentence import PairOverflow
 from bertrt.tasks.score import PseudoLikelihood, ScoreOverflow
-from bertrt.tokenization import Overflow, WordPieceTokenizer
+from bertrt.tokenization import TOKENIZER_FILES, Overflow, WordPieceTokenizer
 
 _TOKENIZER_NAME = "tokenizer.json"
 
@@ -99,8 +99,10 @@ class Engine:
                 folder when it is first asked for (see `bertrt.builtin.resolve`).
             backend: by name; ``None`` takes the fastest that works here.
             threads: of one run; ``None`` takes the CPUs that the process really has.
-            verify: compare the SHA-256 of every file with the manifest before anything is loaded.
-            token_budget: the most padded tokens of one batch; less needs less memory.
+            verify: compare the SHA-256 of every file that is read with the manifest before it is read. Files
+                of other backends are left alone; `bertrt info --verify` compares them all.
+            token_budget: the most tokens of one batch, padding included where the backend pads; less needs
+                less memory.
 
         Raises:
             EngineFolderError: the folder is not there, or cannot be trusted; each violation has its class.
@@ -116,14 +118,13 @@ class Engine:
         token_budget = check_integer(token_budget, name="token_budget")
         return load_whole(
             resolve(path, verify=verify),
-            lambda folder: cls._of_folder(folder, backend, threads, token_budget),
+            lambda folder: cls._of_folder(folder, backend, threads, token_budget, verify),
             discard=cls.close,
-            verify=verify,
         )
 
     @classmethod
     def _of_folder(
-        cls, folder: EngineFolder, backend: str | None, threads: int | None, token_budget: int
+        cls, folder: EngineFolder, backend: str | None, threads: int | None, token_budget: int, verify: bool
     ) -> Self:
         # Imported when an engine is loaded: it looks for the backends' libraries.
         from bertrt.backends.registry import create_backend
@@ -132,8 +133,10 @@ class Engine:
             raise ManifestError(
                 f"engine.json: {_TOKENIZER_NAME!r} is not among 'files'; export the engine again"
             )
+        if verify:
+            folder.check(hashes=[name for name in TOKENIZER_FILES if name in folder.manifest.files])
         tokenizer = WordPieceTokenizer.from_folder(folder.path, folder.manifest.files)
-        running = create_backend(backend, folder, threads)
+        running = create_backend(backend, folder, threads, verify=verify)
         try:
             return cls(
                 backend=running,

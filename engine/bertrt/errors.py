@@ -18,7 +18,8 @@ The hierarchy (each class's docstring says when it is raised)::
     │   ├── UnsafePathError
     │   ├── MissingFileError
     │   ├── HashMismatchError
-    │   └── ShapeMismatchError
+    │   ├── ShapeMismatchError
+    │   └── WeightFileError
     ├── TokenizerError                      tokenizer files that are missing, corrupt or not WordPiece
     ├── BackendError
     │   ├── BackendUnavailableError
@@ -117,6 +118,10 @@ class HashMismatchError(EngineFolderError):
 
 class ShapeMismatchError(EngineFolderError):
     """A model file's inputs, outputs or tensors are not what the manifest's architecture implies."""
+
+
+class WeightFileError(EngineFolderError):
+    """The native backend's weight file is corrupt, truncated, of another version, or no weight file at all."""
 
 
 class TokenizerError(BertRTError):

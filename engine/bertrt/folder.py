@@ -30,7 +30,7 @@ _LARGEST_MANIFEST = 4 << 20
 _CHUNK = 1 << 20
 # What a reader of models or tokenizers takes from a folder by its name. Such a file is in the manifest, with
 # its hash, or the folder is refused; a README beside it harms nobody.
-_READ_BY_NAME = (".onnx", ".onnx_data", ".json", ".bin", ".safetensors", "vocab.txt")
+_READ_BY_NAME = (".bertrt", ".onnx", ".onnx_data", ".json", ".bin", ".safetensors", "vocab.txt")
 _REPORT = "drift.json"
 # How often a folder is loaded that is replaced at that moment each time.
 _ATTEMPTS = 3
@@ -55,7 +55,8 @@ class EngineFolder:
 
         Args:
             path: the folder.
-            verify: compare every file's SHA-256; otherwise presence and sizes only.
+            verify: compare every file's SHA-256; otherwise presence and sizes only, and `check` compares
+                those of the files that are going to be read.
 
         Raises:
             EngineNotFoundError: no folder, or no ``engine.json`` in it.
@@ -69,7 +70,7 @@ class EngineFolder:
             before = stamp(root)
             manifest = Manifest.from_json(_read_manifest(root))
             folder = cls(root, manifest, before + stamp(root, manifest.files)[len(before) :])
-            folder.check(hashes=verify)
+            folder.check(hashes=manifest.files if verify else ())
             _check_unlisted(root, manifest)
         return folder
 
@@ -98,17 +99,20 @@ class EngineFolder:
                 )
         return path
 
-    def check(self, *, hashes: bool) -> None:
-        """Compare the files with the manifest: presence and sizes, and the SHA-256 of each if ``hashes``.
+    def check(self, *, hashes: Iterable[str] = ()) -> None:
+        """Compare the files with the manifest: presence and sizes of all.
+
+        Args:
+            hashes: the files whose SHA-256 is compared too.
 
         Raises:
             MissingFileError, HashMismatchError, UnsafePathError: as their names say.
             EngineFolderError: a file cannot be read.
         """
         with _reading(self.path):
-            self._compare(hashes=hashes)
+            self._compare(frozenset(hashes))
 
-    def _compare(self, *, hashes: bool) -> None:
+    def _compare(self, hashed: frozenset[str]) -> None:
         for name, record in self.manifest.files.items():
             path = self.file(name)
             size = path.stat().st_size
@@ -117,7 +121,7 @@ class EngineFolder:
                     f"{name!r} in {str(self.path)!r} has {size} bytes, the manifest says {record.size}; "
                     "the file is truncated or was replaced: copy the folder again or export it anew"
                 )
-            if hashes and (found := sha256(path)) != record.sha256:
+            if name in hashed and (found := sha256(path)) != record.sha256:
                 raise HashMismatchError(
                     f"{name!r} in {str(self.path)!r} has SHA-256 {found[:16]}…, the manifest says "
                     f"{record.sha256[:16]}…; the file is corrupt or was replaced: "
@@ -135,7 +139,7 @@ class EngineFolder:
 
 
 def load_whole(
-    path: Path, build: Callable[[EngineFolder], _Built], *, discard: Callable[[_Built], object], verify: bool
+    path: Path, build: Callable[[EngineFolder], _Built], *, discard: Callable[[_Built], object]
 ) -> _Built:
     """Open a folder and build something from its files, all of them those of one engine.
 
@@ -144,9 +148,8 @@ def load_whole(
 
     Args:
         path: the folder.
-        build: makes the thing; it may read the files.
+        build: makes the thing; it may read the files, and compares the hashes of those that it reads.
         discard: frees one that was built of a folder that has been replaced.
-        verify: as for `EngineFolder.open`.
 
     Raises:
         EngineFolderError: see `EngineFolder.open`; also for a folder that was replaced each time.
@@ -156,7 +159,7 @@ def load_whole(
     for _ in range(_ATTEMPTS):
         before, folder = stamp(path), None
         try:
-            folder = EngineFolder.open(path, verify=verify)
+            folder = EngineFolder.open(path, verify=False)
             built = build(folder)
         except BertRTError as error:
             if folder.is_unchanged() if folder else stamp(path) == before:

@@ -15,7 +15,7 @@ from bertrt.errors import ManifestError, UnsafePathError, UnsupportedVersionErro
 FORMAT = "bertrt-engine"
 FORMAT_VERSION = 1
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Dialect = Literal["ort", "onnx"]
 SourceKind = Literal["demo", "folder", "hub", "random"]
 
@@ -66,11 +66,12 @@ class Manifest:
         source: where the weights came from.
         architecture: the model's dimensions.
         precision: of the matrix products.
-        dialect: ``ort`` (ONNX Runtime's fused operators) or ``onnx`` (standard operators only).
+        dialect: of the graphs: ``ort`` (ONNX Runtime's fused operators) or ``onnx`` (standard operators only);
+            ``None`` in a folder without graphs.
         heads: which heads there are.
         backends: for each backend the files that it reads, by role.
         files: every file of the folder but ``engine.json`` itself and the drift reports.
-        graph: what the builder counted: fused nodes, quantised products.
+        graph: what the builder counted: fused nodes, quantised products; empty in a folder without graphs.
         versions: of the packages that built the folder.
         drift: the summary of the last drift measurement, or ``None``.
     """
@@ -78,7 +79,7 @@ class Manifest:
     source: Source
     architecture: BertArchitecture
     precision: Precision
-    dialect: Dialect
+    dialect: Dialect | None
     heads: Heads
     backends: Mapping[str, Mapping[str, str]]
     files: Mapping[str, FileRecord]
@@ -168,7 +169,9 @@ class Manifest:
             ),
             architecture=BertArchitecture.from_json(value.get("architecture")),
             precision=_choice(value, "precision", get_args(Precision)),
-            dialect=_choice(value, "dialect", get_args(Dialect)),
+            dialect=None
+            if value.get("dialect", "") is None
+            else _choice(value, "dialect", get_args(Dialect)),
             heads=Heads(**{name: _get(heads, name, bool, "heads") for name in Heads.__slots__}),
             backends=backends,
             files=files,

@@ -30,7 +30,8 @@ class DemoEngine:
         """Changes with what decides which engine is exported: the exporter's sources, and the weights."""
         here = Path(__file__).parent
         digest = hashlib.sha256()
-        for path in (*sorted((here / "graph").glob("*.py")), here / "quantize.py", here / "exporter.py"):
+        folders = (*sorted((here / "graph").glob("*.py")), *sorted((here / "native").glob("*.py")))
+        for path in (*folders, here / "quantize.py", here / "exporter.py", here / "targets.py"):
             digest.update(path.read_bytes())
         # Their size only: to read them would take longer than all the rest.
         digest.update(str((here / "demo" / "model.safetensors").stat().st_size).encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -14,8 +15,11 @@ from bertrt.manifest import Dialect, Manifest, Precision
 from bertrt_export.checkpoints import Checkpoint
 from bertrt_export.graph.emitter import WEIGHTS_NAME, WeightFile, count_operators
 from bertrt_export.graph.model import build_graph
+from bertrt_export.native import write_weight_file
 from bertrt_export.selfcheck import check_engine
+from bertrt_export.targets import NATIVE, ONNXRUNTIME, choose_targets
 
+NATIVE_WEIGHTS = "model.bertrt"
 STANDARD_GRAPH = "model.onnx"
 ENGINE_GRAPH = "engine.onnx"
 # What says how an engine's nodes were fused and quantised, kept in the manifest.
@@ -41,6 +45,7 @@ def export_engine(
     *,
     precision: Precision = "int8",
     dialect: Dialect = "ort",
+    backends: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Build an engine from a checkpoint, check it, and put it at ``out``, whole or not at all.
@@ -51,35 +56,41 @@ def export_engine(
         checkpoint: an open checkpoint.
         out: the engine folder to make.
         precision: of the matrix products.
-        dialect: ``ort`` for ONNX Runtime's fused operators, ``onnx`` for standard operators only.
+        dialect: of the graphs: ``ort`` for ONNX Runtime's fused operators, ``onnx`` for standard operators only.
+        backends: whose files the folder shall hold; by default those of all that can run the model in this
+            precision.
         overwrite: replace an engine folder that is there.
 
     Returns:
         The manifest of the new engine.
 
     Raises:
-        ExportError: ``out`` exists or cannot be written, or the engine failed its own check.
+        ExportError: ``out`` exists or cannot be written, a backend cannot run the model in this precision, or
+            the engine failed its own check.
         CheckpointError: a tensor is missing, has the wrong shape or is not finite.
     """
+    targets = choose_targets(precision, checkpoint.architecture, backends)
     with write_folder(out, overwrite=overwrite) as folder:
-        graphs = _write_graphs(checkpoint, folder, precision=precision, dialect=dialect)
+        files: dict[str, dict[str, str]] = {}
+        graphs: dict[str, onnx.ModelProto] = {}
+        if NATIVE in targets:
+            write_weight_file(checkpoint, folder / NATIVE_WEIGHTS, precision)
+            files[NATIVE] = {"weights": NATIVE_WEIGHTS}
+        if ONNXRUNTIME in targets:
+            graphs = _write_graphs(checkpoint, folder, precision=precision, dialect=dialect)
+            files[ONNXRUNTIME] = {"graph": ENGINE_GRAPH, "weights": WEIGHTS_NAME}
         _write_json(folder / "config.json", checkpoint.config)
         (folder / "tokenizer.json").write_text(checkpoint.tokenizer.to_json(), encoding="utf-8")
         _write_json(folder / "tokenizer_config.json", checkpoint.tokenizer.settings.to_config())
-        counts = count_operators(graphs[ENGINE_GRAPH])
         manifest = Manifest(
             source=checkpoint.source,
             architecture=checkpoint.architecture,
             precision=precision,
-            dialect=dialect,
+            dialect=dialect if graphs else None,
             heads=checkpoint.heads,
-            backends={"onnxruntime": {"graph": ENGINE_GRAPH, "weights": WEIGHTS_NAME}},
+            backends=files,
             files=record_files(folder),
-            graph={
-                "opset": graphs[ENGINE_GRAPH].opset_import[0].version,
-                "nodes": sum(counts.values()),
-                "operators": {name: counts[name] for name in _NOTABLE if name in counts},
-            },
+            graph=_count(graphs[ENGINE_GRAPH]) if graphs else {},
             versions={name: _version(name) for name in _BUILT_WITH},
         )
         (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -105,6 +116,15 @@ def _write_graphs(
     for name, graph in graphs.items():
         (folder / name).write_bytes(graph.SerializeToString(deterministic=True))
     return graphs
+
+
+def _count(graph: onnx.ModelProto) -> dict[str, object]:
+    counts = count_operators(graph)
+    return {
+        "opset": graph.opset_import[0].version,
+        "nodes": sum(counts.values()),
+        "operators": {name: counts[name] for name in _NOTABLE if name in counts},
+    }
 
 
 def _write_json(path: Path, value: object) -> None:

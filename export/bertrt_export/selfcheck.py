@@ -2,44 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnxruntime
 
+from bertrt.backends.native import load_kernels
 from bertrt.backends.onnxruntime import session_options
-from bertrt.errors import ExportError
-from bertrt.manifest import Manifest
+from bertrt.errors import BackendUnavailableError, ExportError
+from bertrt.manifest import Manifest, Precision
+
+_Outputs = dict[str, npt.NDArray[np.float32]]
 
 # The two graphs share weights and operators; they differ in the shape of their products only, hence in the order
 # of float32 sums. Larger differences would mean that they are two models.
-_TOLERANCE = 1e-3
+_TOLERANCE: Final = 1e-3
+# Between two backends, as root mean squares: an answer of zeros is off by 1, another model's by about the square root
+# of 2. fp32 differs in the order of sums. In int8 the backends share the weights' values, but round activations to
+# other steps: an error of some per cent, more in models with outlying activations.
+_BACKENDS_TOLERANCE: Final[Mapping[Precision, float]] = {"fp32": 1e-3, "int8": 0.3}
+# An answer that is as good as nothing is not held to be exact. There are few next-sentence logits, which may all be
+# near zero.
+_SMALLEST: Final = {"hidden_states": 1e-6, "mlm_logits": 0.01, "pooled": 0.01, "nsp_logits": 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """Three sequences ``[3, length]``: a full one, one of a single token, and one that is nothing but padding."""
+
+    ids: npt.NDArray[np.int64]
+    mask: npt.NDArray[np.int64]
+    segments: npt.NDArray[np.int64]
+
+    @classmethod
+    def make(cls, manifest: Manifest) -> _Probe:
+        sizes = manifest.architecture
+        length = min(8, sizes.max_position_embeddings)
+        ids = np.random.default_rng(0).integers(0, sizes.vocab_size, (3, length))
+        mask = np.ones((3, length), np.int64)
+        mask[1, 1:] = 0
+        mask[2] = 0
+        segments = np.minimum(np.arange(3 * length).reshape(3, length) % 2, sizes.type_vocab_size - 1)
+        return cls(ids, mask, segments)
 
 
 def check_engine(folder: Path, manifest: Manifest, graphs: dict[str, onnx.ModelProto]) -> None:
-    """Validate the graphs and run them once.
+    """Validate the graphs, and run all that the folder has for the backends once.
 
     The run holds a sequence of one token, a full one and one that is nothing but padding: no output may be NaN or
-    infinite, and the runtime's graph must agree with the standard one.
+    infinite. The runtime's graph must agree with the standard one, and the native kernels' answers with the graphs'.
+    The native kernels are left out where they are not built.
 
     Raises:
-        ExportError: a graph is invalid, cannot be run, gives NaN, or the two disagree.
+        ExportError: a graph is invalid, cannot be run, gives NaN, or two answers disagree.
     """
+    probe = _Probe.make(manifest)
+    engine = _check_graphs(folder, manifest, graphs, probe) if graphs else None
+    if "native" not in manifest.backends:
+        return
+    native = _run_native(folder, manifest, probe)
+    if native is not None:
+        _check_finite(manifest.backends["native"]["weights"], native, manifest)
+        if engine is not None:
+            _check_backends(native, engine, manifest.precision, probe)
+
+
+def _check_graphs(
+    folder: Path, manifest: Manifest, graphs: dict[str, onnx.ModelProto], probe: _Probe
+) -> _Outputs:
     for name in graphs:
         try:
             onnx.checker.check_model(str(folder / name), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ExportError(f"{name} is not valid ONNX: {str(error).splitlines()[0]}") from error
-    standard, engine = (_run(folder / name, manifest) for name in ("model.onnx", "engine.onnx"))
-    for graph, outputs in (("model.onnx", standard), ("engine.onnx", engine)):
-        for output, values in outputs.items():
-            if not np.isfinite(values).all():
-                raise ExportError(
-                    f"{graph} gives {int((~np.isfinite(values)).sum())} values that are not finite in {output!r}; "
-                    f"the checkpoint's weights are out of reach of {manifest.precision}: try another precision"
-                )
+    standard, engine = (_run_graph(folder / name, manifest, probe) for name in ("model.onnx", "engine.onnx"))
+    _check_finite("model.onnx", standard, manifest)
+    _check_finite("engine.onnx", engine, manifest)
     for ours, theirs in (
         ("hidden_states", "last_hidden_state"),
         ("mlm_logits", "logits"),
@@ -52,26 +95,80 @@ def check_engine(folder: Path, manifest: Manifest, graphs: dict[str, onnx.ModelP
         difference = np.abs(engine[ours] - expected).max() / max(1.0, np.abs(expected).max())
         if difference > _TOLERANCE:
             raise ExportError(f"the two graphs disagree about {ours} by {difference:.2g} (relative)")
+    return engine
 
 
-def _run(path: Path, manifest: Manifest) -> dict[str, Any]:
-    sizes = manifest.architecture
-    length = min(8, sizes.max_position_embeddings)
-    generator = np.random.default_rng(0)
-    ids = generator.integers(0, sizes.vocab_size, (3, length))
-    mask = np.ones((3, length), np.int64)
-    mask[1, 1:] = 0
-    mask[2] = 0
-    segments = np.minimum(np.arange(3 * length).reshape(3, length) % 2, sizes.type_vocab_size - 1)
+def _check_finite(file: str, outputs: _Outputs, manifest: Manifest) -> None:
+    for output, values in outputs.items():
+        if not np.isfinite(values).all():
+            raise ExportError(
+                f"{file} gives {int((~np.isfinite(values)).sum())} values that are not finite in {output!r}; "
+                f"the checkpoint's weights are out of reach of {manifest.precision}: try another precision"
+            )
+
+
+def _check_backends(native: _Outputs, graph: _Outputs, precision: Precision, probe: _Probe) -> None:
+    tokens = probe.mask.astype(bool)
+    chosen = {
+        "hidden_states": lambda values: values[tokens],
+        "mlm_logits": lambda values: values[tokens.ravel()],
+        "pooled": lambda values: values[:2],
+        "nsp_logits": lambda values: values[:2],
+    }
+    for output, values in native.items():
+        expected = chosen[output](graph[output])
+        size = _rms(expected)
+        if output == "hidden_states":
+            # They share a large part, which those of another model may have too.
+            size = max(_rms(expected - expected.mean(axis=0)), 0.01 * size)
+        difference = _rms(values - expected) / max(size, _SMALLEST[output])
+        if not difference <= _BACKENDS_TOLERANCE[precision]:
+            raise ExportError(
+                f"the native kernels and onnxruntime disagree about {output} by {difference:.2g} (relative), at most "
+                f"{_BACKENDS_TOLERANCE[precision]:g} is expected of {precision}; export for one of them, and measure "
+                "it with 'bertrt drift'"
+            )
+
+
+def _rms(values: npt.NDArray[np.float32]) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
+
+
+def _run_native(folder: Path, manifest: Manifest, probe: _Probe) -> _Outputs | None:
+    """The outputs for the first two sequences, packed; ``None`` where the kernels are not built."""
+    try:
+        kernels = load_kernels()
+    except BackendUnavailableError:
+        return None
+    name = manifest.backends["native"]["weights"]
+    tokens = probe.mask.astype(bool)
+    options: dict[str, Any] = {"hidden_states": True}
+    if manifest.heads.mlm:
+        options |= {"mlm_logits": True, "mlm_positions": np.arange(tokens.sum())}
+    if manifest.heads.pooler:
+        options |= {"pooled": True, "nsp": manifest.heads.nsp}
+    try:
+        outputs: _Outputs = kernels.Engine(str(folder / name), verify=True).run(
+            probe.ids[tokens].astype(np.int32),
+            probe.segments[tokens].astype(np.int32),
+            np.cumsum([0, *tokens[:2].sum(axis=1)]),
+            **options,
+        )
+    except (kernels.Error, MemoryError) as error:
+        raise ExportError(f"the native kernels cannot run {name}: {error}") from error
+    return outputs
+
+
+def _run_graph(path: Path, manifest: Manifest, probe: _Probe) -> _Outputs:
     try:
         session = onnxruntime.InferenceSession(
             path, session_options(manifest, threads=0), providers=["CPUExecutionProvider"]
         )
-        feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": segments}
+        feeds = {"input_ids": probe.ids, "attention_mask": probe.mask, "token_type_ids": probe.segments}
         extra = {
-            "mlm_positions": np.arange(3 * length),
-            "mlm_candidates": np.zeros((3 * length, 1), np.int64),
-            "mlm_top_k": np.array([min(5, sizes.vocab_size)], np.int64),
+            "mlm_positions": np.arange(probe.ids.size),
+            "mlm_candidates": np.zeros((probe.ids.size, 1), np.int64),
+            "mlm_top_k": np.array([min(5, manifest.architecture.vocab_size)], np.int64),
             "pooled_sequences": np.arange(3),
         }
         inputs = {given.name: given.type for given in session.get_inputs()}

@@ -15,7 +15,7 @@ from bertrt_bench.agreement import (
     compare,
     require,
 )
-from bertrt_bench.cases import TASKS, Case
+from bertrt_bench.cases import RANKED, TASKS, Case
 
 VOCAB, HIDDEN = 500, 48
 RANDOM = np.random.default_rng(0)
@@ -33,7 +33,7 @@ def fill_mask(logits: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def answer(task: str, values: np.ndarray) -> dict[str, np.ndarray]:
-    if task == "fill-mask":
+    if task in RANKED:
         return fill_mask(values)
     return {"hidden_states" if task == "features" else "logits": values}
 
@@ -52,11 +52,11 @@ def test_the_error_is_the_relative_size_of_the_noise(task: str) -> None:
     noisy = exact + 0.1 * 3 * RANDOM.normal(size=exact.shape).astype(np.float32)
     found = compare(case, "int8", answer(task, noisy), answer(task, exact))
     # Fill-mask sees few numbers, and those that the noise pushed up most; the others are means over many.
-    assert found.error == pytest.approx(0.1, rel=1.5 if task == "fill-mask" else 0.3)
+    assert found.error == pytest.approx(0.1, rel=1.5 if task in RANKED else 0.3)
     assert compare(case, "fp32", answer(task, exact), answer(task, exact)).error == 0.0
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
 @pytest.mark.parametrize("task", TASKS)
 def test_an_answer_to_another_question_fails_at_every_precision(task: str, precision: str) -> None:
     case = Case(task=task, batch=8, sequence=8)
@@ -70,7 +70,7 @@ def test_an_answer_to_another_question_fails_at_every_precision(task: str, preci
 
 
 def test_tolerances_rise_with_coarseness() -> None:
-    assert TOLERANCES["fp32"] < TOLERANCES["fp16"] < TOLERANCES["int8"] < 1
+    assert TOLERANCES["fp32"] < TOLERANCES["fp16"] < TOLERANCES["bf16"] < TOLERANCES["int8"] < 1
     assert coarser("fp32", "int8") == coarser("int8", "fp32") == "int8"
     assert coarser("fp16", "fp16") == "fp16"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,35 @@ def test_special_tokens_are_in_their_places_only(task: str, batch: int, sequence
     masks = (inner == SPECIAL.mask).sum(axis=1)
     assert masks.tolist() == [1 if task in ("fill-mask", "mlm-all") else 0] * batch
     assert (inner == SPECIAL.sep).sum(axis=1).tolist() == [1 if task == "next-sentence" else 0] * batch
+
+
+@pytest.mark.parametrize("task", ["features", "fill-mask", "mlm-all", "next-sentence"])
+def test_a_mix_has_special_tokens_in_every_length(task: str) -> None:
+    lengths = [5, 31, 8, 5, 12]
+    question = make_question(Case.mix(task, lengths), special=SPECIAL, vocab_size=VOCAB)
+    tokens = question.tokens
+    assert tokens.lengths.tolist() == lengths
+    for start, end in zip(tokens.offsets, tokens.offsets[1:], strict=False):
+        ids, segments = tokens.input_ids[start:end], tokens.token_type_ids[start:end]
+        assert (ids[0], ids[-1]) == (SPECIAL.cls, SPECIAL.sep)
+        masks = np.flatnonzero(ids == SPECIAL.mask) + start
+        assert masks.tolist() == [mask for mask in question.masks if start <= mask < end]
+        assert len(masks) == (1 if task in ("fill-mask", "mlm-all") else 0)
+        seps = np.flatnonzero(ids == SPECIAL.sep)
+        assert len(seps) == (2 if task == "next-sentence" else 1)
+        first = seps[0] + 1
+        assert segments.tolist() == [0] * first + [1] * (len(ids) - first)
+
+
+def test_a_case_says_its_shape() -> None:
+    case, mix = Case(task="features", batch=2, sequence=6), Case.mix("fill-mask", [9, 3, 40])
+    assert (str(case), case.tokens, case.sizes.tolist()) == ("features at 2x6", 12, [6, 6])
+    assert (str(mix), mix.tokens, mix.sizes.tolist()) == (
+        "fill-mask at 3 lengths of 3 to 40",
+        52,
+        [9, 3, 40],
+    )
+    assert [Case.from_json(json.loads(json.dumps(one.to_json()))) for one in (case, mix)] == [case, mix]
 
 
 def test_masks_are_where_it_says() -> None:

@@ -38,6 +38,26 @@ def test_table_and_file(demo_engine: Callable[..., Path], tmp_path: Path, capsys
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
 
 
+@pytest.mark.parametrize(("shapes", "cases"), [((), 1), (("--sequence", "8"), 3)])
+def test_a_mix_of_lengths(
+    demo_engine: Callable[..., Path], tmp_path: Path, capsys, shapes: tuple[str, ...], cases: int
+) -> None:
+    book, out = tmp_path / "book.txt", tmp_path / "bench.json"
+    book.write_text("It was late.\nNobody came that evening, nor on the next.\nWhy?\n", encoding="utf-8")
+    mix = ("--lengths-from", str(book), "--paragraphs", "2", "--threads", "1", "--repeats", "1")
+    assert bench(str(demo_engine()), *mix, *shapes, "--json", str(out)) == EXIT_OK
+    value = json.loads(out.read_text(encoding="utf-8"))
+    assert len(value["cases"]) == cases
+    case, lengths = value["cases"][-1], value["settings"]["lengths"]
+    assert (lengths["name"], lengths["paragraphs"], lengths["cut"]) == ("book.txt", 2, 0)
+    assert case["mix"] is True
+    assert (case["batch"], case["sequence"], case["tokens"]) == (2, lengths["most"], lengths["tokens"])
+    assert lengths["least"] + lengths["most"] == lengths["tokens"]
+    assert (
+        f"2 paragraphs of book.txt, {lengths['least']} to {lengths['most']} tokens" in capsys.readouterr().out
+    )
+
+
 def test_json_to_standard_output_is_all_there_is(demo_engine: Callable[..., Path], capsys) -> None:
     assert bench(str(demo_engine()), *QUICK, "--json", "-") == EXIT_OK
     assert json.loads(capsys.readouterr().out)["format"] == "bertrt-bench"
@@ -71,6 +91,8 @@ def test_a_failed_check_is_exit_code_1(
         (("--task", "score"), "no task 'score'"),
         (("--against", "tensorflow"), "no rival 'tensorflow'"),
         (("--against", "torch,"), "no rival ''"),
+        (("--lengths-from", "/no/such/book"), "cannot read the text '/no/such/book'"),
+        (("--lengths-from", "/no/such/book", "--batch", ""), "--batch must be whole numbers"),
         (("--seconds", "nan"), "seconds must be a positive number"),
         (("--reference", "demo"), "of use only to a rival that needs it"),
         (("--json", "/no/such/folder/bench.json"), "cannot write '/no/such/folder/bench.json'"),
@@ -101,7 +123,15 @@ def test_the_command_describes_itself() -> None:
     parser = argparse.ArgumentParser()
     COMMAND.add_arguments(parser)
     text = parser.format_help()
-    for option in ("--batch", "--sequence", "--against", "--reference", "--json FILE", "--threads"):
+    for option in (
+        "--batch",
+        "--sequence",
+        "--against",
+        "--reference",
+        "--lengths-from",
+        "--json FILE",
+        "--threads",
+    ):
         assert option in text
     assert COMMAND.name == "bench"
     for line in COMMAND.example.splitlines():

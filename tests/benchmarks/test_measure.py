@@ -18,6 +18,7 @@ from bertrt_bench.cases import TASKS
 from bertrt_bench.measure import count_steps, measure
 from bertrt_bench.options import BenchOptions
 from bertrt_bench.reference import reference_folder
+from bertrt_bench.work import encoder_operations
 
 SMALL = {
     "batches": (2,),
@@ -51,7 +52,7 @@ def test_contestants_take_turns(fakes, demo_engine, scratch: Path, alive) -> Non
         on_step=lambda: steps.append(None),
     )
     assert len(steps) == count_steps(options) == 2 * (1 + 2 * 3)
-    events = [event for event in fakes.events() if event.what != "open"]
+    events = [event for event in fakes.events() if event.what.startswith("run")]
     # Strictly one after the other: the clock is the same for all processes.
     assert [event.at for event in events] == sorted(event.at for event in events)
     order = [(name, len(list(group))) for name, group in itertools.groupby(event.name for event in events)]
@@ -71,10 +72,60 @@ def test_contestants_take_turns(fakes, demo_engine, scratch: Path, alive) -> Non
     assert list(scratch.iterdir()) == []
 
 
+def test_the_share_of_the_peak(fakes, demo_engine, tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("no one\nthe man and the old woman\n", encoding="utf-8")
+    options = BenchOptions(
+        engine=str(demo_engine()),
+        **{**SMALL, "threads": 2},
+        lengths_from=str(book),
+        tasks=("features", "next-sentence"),
+        against=("b",),
+    )
+    report = measure(options, engine=fakes.kind("peaked"), registry={"b": fakes.kind("b")})
+    # Before and after the turns, and of the engine alone.
+    events = [event for event in fakes.events() if event.what.startswith(("run", "peak"))]
+    turns = [number for number, event in enumerate(events) if event.what == "peak"]
+    checks = 2 * len(report.results)
+    assert turns == [checks, len(events) - 1]
+    assert report.peak == 1e9
+    architecture = EngineFolder.open(demo_engine()).manifest.architecture
+    for result in report.results:
+        if result.case.task == "features":
+            rate = encoder_operations(result.case, architecture) / (result.timings["peaked"].p50_ms / 1e3)
+            assert result.share_of_peak == pytest.approx(rate / (2 * 1e9))
+        else:
+            assert result.share_of_peak is None
+    text = report.to_text()
+    assert "of peak" in text
+    assert "peak: 0.00 T operations/s on one core" in text
+    assert json.loads(report.to_json_text())["peak_operations_per_second"] == 1e9
+
+
+def test_text_is_held_against_the_features_of_the_same_text(fakes, demo_engine) -> None:
+    options = BenchOptions(
+        engine=str(demo_engine()), **{**SMALL, "sequences": (6, 9)}, tasks=("fill-mask-text", "features")
+    )
+    report = measure(options, engine=fakes.kind("a"))
+    text, features = report.results[:2], report.results[2:]
+    for one, other in zip(text, features, strict=True):
+        ratio = one.timings["a"].p50_ms / other.timings["a"].p50_ms
+        assert one.over_features.median == pytest.approx(ratio)
+        assert other.over_features is None
+    # The fakes say which ids they were given.
+    sums = {event.what.partition(":")[2] for event in fakes.events() if event.what.startswith("ids")}
+    assert len(sums) == 2
+    assert "fill-mask-text at 2x9: " in report.to_text()
+    alone = measure(
+        BenchOptions(engine=str(demo_engine()), **SMALL, tasks=("fill-mask-text",)), engine=fakes.kind("a")
+    )
+    assert alone.results[0].over_features is None
+
+
 def test_no_warmup_means_none(fakes, demo_engine) -> None:
     options = BenchOptions(engine=str(demo_engine()), **{**SMALL, "warmup": 0}, tasks=("features",))
     measure(options, engine=fakes.kind("a"))
-    assert sum(event.what != "open" for event in fakes.events()) == 1 + 4
+    assert sum(event.what.startswith("run") for event in fakes.events()) == 1 + 4
 
 
 @pytest.mark.parametrize(
@@ -96,7 +147,7 @@ def test_a_rival_that_fails(
     options = BenchOptions(engine=str(demo_engine()), **SMALL, against=(name,), tasks=("features",))
     with pytest.raises(error, match=message):
         measure(options, engine=fakes.kind("a"), registry={name: fakes.kind(name)})
-    runs = [event for event in fakes.events() if event.name == name and event.what != "open"]
+    runs = [event for event in fakes.events() if event.name == name and event.what.startswith("run")]
     assert len(runs) <= 1
     assert len(fakes.pids()) == 2
     assert not any(map(alive, fakes.pids()))
@@ -131,6 +182,7 @@ def test_engine_and_torch_agree_on_the_demo(demo_engine, scratch: Path, precisio
         batches=(3,),
         sequences=(24,),
         threads=1,
+        backend="onnxruntime",
         against=("torch",),
         warmup=0,
         repeats=1,
@@ -158,7 +210,7 @@ def check_report(value: dict[str, object]) -> None:
     """Every field of the format, with its type."""
     assert set(value) == {
         *("format", "format_version", "bertrt", "started", "duration_seconds"),
-        *("machine", "engine", "settings", "contestants", "cases"),
+        *("machine", "engine", "settings", "contestants", "cases", "peak_operations_per_second"),
     }
     assert (value["format"], value["format_version"]) == ("bertrt-bench", 1)
     machine, settings = value["machine"], value["settings"]
@@ -173,14 +225,21 @@ def check_report(value: dict[str, object]) -> None:
         "seconds": None,
         "seed": 0,
         "top_k": 5,
+        "lengths": None,
     }
+    assert value["peak_operations_per_second"] is None
     assert {"name", "kind", "precision", "dialect", "latency_only", "weights_sha256"} <= set(value["engine"])
     assert [contestant["name"] for contestant in value["contestants"]] == ["engine", "torch"]
     for contestant in value["contestants"]:
         assert contestant["threads"] == 1
         assert isinstance(contestant["idle_cpu_seconds"], float)
     for case in value["cases"]:
-        assert set(case) == {"task", "batch", "sequence", "timings", "comparisons"}
+        assert set(case) == {
+            *("task", "batch", "sequence", "mix", "tokens", "timings", "comparisons"),
+            *("share_of_peak", "over_features"),
+        }
+        assert (case["mix"], case["tokens"], case["share_of_peak"]) == (False, 72, None)
+        assert (case["over_features"] is None) == (case["task"] != "fill-mask-text")
         assert set(case["timings"]) == {"engine", "torch"}
         for timings in case["timings"].values():
             assert set(timings) == {

@@ -48,6 +48,9 @@ MANIFEST = Manifest(
         ({"batches": (1.5,)}, "batch must be a whole number"),
         ({"batches": (True,)}, "batch must be a whole number"),
         ({"sequences": (-3,)}, "sequence must be a whole number"),
+        ({"batches": (), "lengths_from": "book", "sequences": (8,)}, "batches must hold at least one value"),
+        ({"sequences": ()}, "sequences must hold at least one value"),
+        ({"paragraphs": 0}, "paragraphs must be a whole number of at least 1"),
         ({"warmup": -1}, "warmup must be a whole number of at least 0"),
         ({"rounds": 0}, "rounds must be a whole number of at least 1"),
         ({"repeats": 0}, "repeats must be a whole number of at least 1"),
@@ -80,6 +83,29 @@ def test_cases_are_all_the_combinations() -> None:
     ]
 
 
+def test_a_mix_is_one_more_case_of_each_task() -> None:
+    options = BenchOptions(
+        engine="demo", tasks=("features", "next-sentence"), batches=(2,), sequences=(8,), lengths_from="book"
+    )
+    cases = options.cases([9, 3, 40])
+    assert [str(case) for case in cases] == [
+        "features at 2x8",
+        "features at 3 lengths of 3 to 40",
+        "next-sentence at 2x8",
+        # Three tokens are no pair.
+        "next-sentence at 2 lengths of 9 to 40",
+    ]
+    assert options.case_count == len(cases)
+    with pytest.raises(InputError, match="no paragraph has the 5 tokens that next-sentence needs"):
+        options.cases([4, 3])
+
+
+def test_a_mix_alone() -> None:
+    options = BenchOptions(engine="demo", batches=(), sequences=(), lengths_from="book")
+    assert options.case_count == 1
+    assert options.cases([7, 8]) == [Case.mix("features", [7, 8])]
+
+
 @pytest.mark.parametrize(
     ("repeats", "rounds", "expected"), [(10, 5, [2] * 5), (7, 3, [3, 2, 2]), (2, 5, [1, 1]), (1, 1, [1])]
 )
@@ -96,7 +122,7 @@ def test_seconds_are_spread_over_the_rounds() -> None:
 
 
 def test_rivals_that_there_are_not() -> None:
-    with pytest.raises(InputError, match="no rival 'tensorflow'; choose from torch"):
+    with pytest.raises(InputError, match="no rival 'tensorflow'; choose from onnxruntime, openvino, torch"):
         BenchOptions(engine="demo", against=("tensorflow",)).kinds()
 
 
@@ -127,6 +153,9 @@ def test_a_rival_that_is_not_installed_names_the_command() -> None:
         (Case(task="next-sentence", batch=1, sequence=4), "needs at least 5"),
         (Case(task="features", batch=1024, sequence=512), "has 524288 tokens, the limit is 262144"),
         (Case(task="mlm-all", batch=64, sequence=512), r"makes 3\.8 GB of logits .* limit is 1\.1 GB"),
+        (Case(task="fill-mask-text", batch=64, sequence=512), r"makes 3\.8 GB of logits"),
+        (Case.mix("mlm-all", [512] * 64), r"makes 3\.8 GB of logits"),
+        (Case.mix("features", [8, 513]), "513 tokens does not fit"),
     ],
 )
 def test_cases_that_do_not_fit(case: Case, message: str) -> None:
@@ -136,7 +165,13 @@ def test_cases_that_do_not_fit(case: Case, message: str) -> None:
 
 def test_cases_that_just_fit() -> None:
     check_fits(
-        [Case(task="features", batch=512, sequence=512), Case(task="mlm-all", batch=1, sequence=3)], MANIFEST
+        [
+            Case(task="features", batch=512, sequence=512),
+            Case(task="mlm-all", batch=1, sequence=3),
+            # Block by block.
+            Case.mix("fill-mask", [512] * 64),
+        ],
+        MANIFEST,
     )
 
 
@@ -145,6 +180,7 @@ def test_cases_that_just_fit() -> None:
     [
         ("fill-mask", Heads(mlm=False, nsp=True, pooler=True), "masked-LM"),
         ("mlm-all", Heads(mlm=False, nsp=True, pooler=True), "masked-LM"),
+        ("fill-mask-text", Heads(mlm=False, nsp=True, pooler=True), "masked-LM"),
         ("next-sentence", Heads(mlm=True, nsp=False, pooler=True), "next-sentence"),
     ],
 )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,7 @@ class TorchBackend:
 
     name = "torch"
     threads = 2
+    pads = True
 
     def __init__(
         self, model: transformers.BertForPreTraining, architecture: BertArchitecture, heads: Heads
@@ -143,14 +146,16 @@ def engine(make_engine: Callable[..., Engine]) -> Engine:
     return make_engine()
 
 
-@pytest.fixture(params=["torch", "onnxruntime"])
+@pytest.fixture(params=["torch", "native", "onnxruntime"])
 def any_engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    """The demo engine on PyTorch, and as it is exported and loaded."""
+    """The demo engine on PyTorch, and as it is exported and loaded by each backend that there is."""
     if request.param == "torch":
         yield request.getfixturevalue("make_engine")()
-    else:
-        with Engine.load(request.getfixturevalue("demo_engine")(), threads=2) as loaded:
-            yield loaded
+        return
+    if request.param == "native":
+        pytest.importorskip("bertrt._native", reason="the native kernels are not built")
+    with Engine.load(request.getfixturevalue("demo_engine")(), backend=request.param, threads=2) as loaded:
+        yield loaded
 
 
 @pytest.fixture(scope="session")
@@ -169,6 +174,76 @@ def loaded(engine_folder: Path) -> Iterator[Engine]:
 def copied(engine_folder: Path, tmp_path: Path) -> Path:
     """A copy of the engine folder, to be spoilt."""
     return Path(shutil.copytree(engine_folder, tmp_path / "copied"))
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """A module in the place of ``bertrt._native``, whose engine computes nothing and keeps what it was asked.
+
+    It believes the manifest beside a weight file, but for what ``architecture`` says otherwise.
+    """
+    module = ModuleType("bertrt._native")
+
+    class Error(Exception):
+        def __init__(self, message: str, code: str) -> None:
+            super().__init__(message)
+            self.code = code
+
+    class FakeEngine:
+        def __init__(self, path: str, threads: int, pin: bool, verify: bool) -> None:
+            self.opened = {"path": path, "threads": threads, "pin": pin, "verify": verify}
+            if module.fails_to_load:
+                raise module.fails_to_load
+            self.threads, self.isa = threads, module.active_isa()
+            value = json.loads((Path(path).parent / "engine.json").read_text(encoding="utf-8"))
+            value["architecture"]["layer_norm_eps"] = float(
+                np.float32(value["architecture"]["layer_norm_eps"])
+            )
+            self.architecture = {
+                **value["architecture"],
+                **value["heads"],
+                "precision": value["precision"],
+                **module.architecture,
+            }
+            module.engines.append(self)
+
+        def run(self, *arrays: Any, **options: Any) -> dict[str, Any]:
+            module.runs.append((arrays, options))
+            if module.fails_to_run:
+                raise module.fails_to_run
+            return dict(module.answers)
+
+    def active_isa() -> str:
+        isa = os.environ.get("BERTRT_ISA") or "quick"
+        if isa not in {"quick", "plain"}:
+            raise Error(f"BERTRT_ISA={isa} cannot be used: the processor lacks it", "unsupported")
+        return isa
+
+    module.__file__ = str(tmp_path / "_native.so")
+    for name, value in {
+        "__version__": "1.2.3",
+        "Error": Error,
+        "Engine": FakeEngine,
+        "active_isa": active_isa,
+        "isa_status": lambda: [("huge", "the processor lacks it"), ("quick", ""), ("plain", "")],
+        "architecture": {},
+        "engines": [],
+        "runs": [],
+        "answers": {},
+        "fails_to_load": None,
+        "fails_to_run": None,
+    }.items():
+        setattr(module, name, value)
+    monkeypatch.setitem(sys.modules, "bertrt._native", module)
+    monkeypatch.delenv("BERTRT_ISA", raising=False)
+    monkeypatch.delenv("BERTRT_PIN_THREADS", raising=False)
+    return module
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an installation with BERTRT_KERNELS=OFF."""
+    monkeypatch.setitem(sys.modules, "bertrt._native", None)
 
 
 @pytest.fixture

@@ -14,24 +14,28 @@ from bertrt.errors import InputError
 from bertrt.tokenization import Encoded
 
 
-def cost(indices: Any, lengths: list[int]) -> int:
-    return max(lengths[index] for index in indices) * len(indices)
+def cost(indices: Any, lengths: list[int], pads: bool) -> int:
+    """Tokens of a batch."""
+    sizes = [lengths[index] for index in indices]
+    return max(sizes) * len(sizes) if pads else sum(sizes)
 
 
 @given(
     sequences=st.lists(st.tuples(st.integers(1, 512), st.integers(0, 77)), max_size=80),
     token_budget=st.integers(1, 4096),
+    pads=st.booleans(),
     max_sequences=st.integers(1, 40),
     max_positions=st.integers(1, 200),
 )
 def test_the_plan(
-    sequences: list[tuple[int, int]], token_budget: int, max_sequences: int, max_positions: int
+    sequences: list[tuple[int, int]], token_budget: int, pads: bool, max_sequences: int, max_positions: int
 ) -> None:
     lengths = [length for length, _ in sequences]
     positions = [count for _, count in sequences]
     plan = plan_batches(
         lengths,
         token_budget=token_budget,
+        pads=pads,
         max_sequences=max_sequences,
         positions=positions,
         max_positions=max_positions,
@@ -41,7 +45,7 @@ def test_the_plan(
 
     def allowed(indices: list[int]) -> bool:
         return (
-            cost(indices, lengths) <= token_budget
+            cost(indices, lengths, pads) <= token_budget
             and len(indices) <= max_sequences
             and sum(positions[index] for index in indices) <= max_positions
         )
@@ -63,6 +67,12 @@ def test_one_more_token_than_the_budget() -> None:
     assert [batch.tolist() for batch in plan_batches([8, 8], token_budget=16)] == [[0, 1]]
     assert [batch.tolist() for batch in plan_batches([8, 9], token_budget=16)] == [[1], [0]]
     assert [batch.tolist() for batch in plan_batches([17, 16], token_budget=16)] == [[0], [1]]
+
+
+def test_where_nothing_is_padded_only_tokens_count() -> None:
+    lengths = [100, 1, 50, 1]
+    assert [batch.tolist() for batch in plan_batches(lengths, token_budget=152, pads=False)] == [[0, 2, 1, 3]]
+    assert [batch.tolist() for batch in plan_batches(lengths, token_budget=152)] == [[0], [2, 1, 3]]
 
 
 def test_nothing_gives_no_batch() -> None:

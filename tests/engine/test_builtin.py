@@ -290,8 +290,10 @@ def test_the_version_of_the_demo_follows_the_exporter(
     for name in (
         "graph/model.py",
         "graph/products.py",
+        "native/model.py",
         "quantize.py",
         "exporter.py",
+        "targets.py",
         "demo/model.safetensors",
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -299,11 +301,12 @@ def test_the_version_of_the_demo_follows_the_exporter(
     monkeypatch.setattr(demo_engine, "__file__", str(tmp_path / "demo_engine.py"))
     seen = [demo_engine.export_demo_engine.version]
     assert demo_engine.export_demo_engine.version == seen[0]
-    for name in ("graph/model.py", "quantize.py", "exporter.py", "demo/model.safetensors"):
+    changed = ("graph/model.py", "native/model.py", "quantize.py", "exporter.py", "targets.py")
+    for name in (*changed, "demo/model.safetensors"):
         with (tmp_path / name).open("ab") as file:
             file.write(b"#")
         seen.append(demo_engine.export_demo_engine.version)
-    assert len(set(seen)) == 5
+    assert len(set(seen)) == 7
 
 
 def test_to_ask_for_the_version_of_the_demo_loads_no_exporter() -> None:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ def test_info(ask: Callable[..., str], engine_folder: Path, loaded: Engine) -> N
     assert "hashes verified" in ask("info", "--verify")
 
     value = json.loads(ask("info", "--json"))
-    own = {"path", "parameters", "total_bytes", "verified"}
+    own = {"path", "parameters", "total_bytes", "backend_bytes", "verified"}
     assert {key: value[key] for key in value if key not in own} == json.loads(
         (engine_folder / "engine.json").read_text()
     )
@@ -51,6 +52,12 @@ def test_info(ask: Callable[..., str], engine_folder: Path, loaded: Engine) -> N
     assert value["verified"] is False
     files = [path for path in engine_folder.iterdir() if path.name != "engine.json"]
     assert value["total_bytes"] == sum(path.stat().st_size for path in files)
+    for name, read in {
+        "native": ["model.bertrt"],
+        "onnxruntime": ["engine.onnx", "model.onnx_data"],
+    }.items():
+        assert value["backend_bytes"][name] == sum((engine_folder / file).stat().st_size for file in read)
+        assert re.search(rf"^ +\S+ MB  {name} +{', '.join(read)}$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +99,16 @@ def test_info_verifies_hashes_only_when_asked(ask: Callable[..., str], copied: P
     (copied / "engine.onnx").write_bytes(data)
     ask("info", engine=copied)
     ask("info", "--verify", engine=copied, code=2, error=".*engine.onnx.* corrupt or was replaced")
-    # A command that loads verifies unless told not to.
-    ask("fill-mask", TEXT, engine=copied, code=2, error=".*engine.onnx.* corrupt or was replaced")
+    # A command that loads verifies what it reads unless told not to.
+    onnxruntime = ("--backend", "onnxruntime")
+    ask(
+        "fill-mask",
+        TEXT,
+        *onnxruntime,
+        engine=copied,
+        code=2,
+        error=".*engine.onnx.* corrupt or was replaced",
+    )
 
 
 @pytest.mark.parametrize("command", ["info", "fill-mask", "next-sentence", "features"])
@@ -136,12 +151,18 @@ def test_a_head_that_is_not_there(
     assert len(json.loads(ask("features", "a b", engine=engine))) == 24
 
 
+@pytest.mark.usefixtures("no_kernels")
 def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BERTRT_CACHE", str(tmp_path))
     assert main(["doctor", "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["machine"]["usable_cpus"] >= 1
-    assert {"name": "onnxruntime", "available": True, "reason": ""}.items() <= value["backends"][0].items()
+    native, onnxruntime = value["backends"]
+    assert {"name": "onnxruntime", "available": True, "reason": ""}.items() <= onnxruntime.items()
+    assert (native["name"], native["available"], native["isa"]) == ("native", False, None)
+    assert "BERTRT_KERNELS=OFF" in native["reason"]
+    assert value["kernels"] == []
+    assert value["c_library"] == {"include": None, "library_dir": None, "problem": native["reason"]}
     assert value["cache"] == {"path": str(tmp_path), "engines": [], "problem": None}
     assert {package["name"]: package["install"] for package in value["packages"]}["torch"] is None
 
@@ -151,6 +172,50 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     text = capsys.readouterr().out
     for expected in [str(tmp_path), "demo", "onnxruntime", "cores", "memory", value["machine"]["python"]]:
         assert expected in text
+
+
+def test_doctor_tells_of_the_kernels(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kernels: ModuleType
+) -> None:
+    folder = Path(kernels.__file__ or "").parent
+    (folder / "include").mkdir()
+    (folder / "include" / "bertrt.h").touch()
+    monkeypatch.setenv("BERTRT_ISA", "plain")
+    assert main(["doctor", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert {"name": "native", "available": True, "version": "1.2.3", "isa": "plain"}.items() <= value[
+        "backends"
+    ][0].items()
+    assert value["kernels"] == [
+        {"name": "huge", "active": False, "reason": "the processor lacks it"},
+        {"name": "quick", "active": False, "reason": ""},
+        {"name": "plain", "active": True, "reason": ""},
+    ]
+    missing = f"there is no libbertrt.so in '{folder / 'lib'}'"
+    assert value["c_library"]["include"] == str(folder / "include")
+    assert value["c_library"]["library_dir"] is None
+    assert value["c_library"]["problem"].startswith(missing)
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for line in (
+        r"native +1\.2\.3 +available, with plain",
+        "huge +the processor lacks it",
+        "quick +can be used: BERTRT_ISA=quick",
+        "plain +in use",
+        f"include +{re.escape(str(folder / 'include'))}",
+        f"missing +{re.escape(missing)}.*",
+    ):
+        assert re.search(rf"^ +{line}$", text, re.MULTILINE), line
+
+
+def test_doctor_names_an_instruction_set_that_cannot_be_used(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kernels: ModuleType
+) -> None:
+    monkeypatch.setenv("BERTRT_ISA", "huge")
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^ +native +1\.2\.3 +BERTRT_ISA=huge cannot be used", text, re.MULTILINE)
+    assert "in use" not in text
 
 
 def test_doctor_says_why_and_what_to_do(

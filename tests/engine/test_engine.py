@@ -66,7 +66,7 @@ def registry(monkeypatch: pytest.MonkeyPatch, make_engine: Any) -> list[Any]:
     """Makes `Engine.load` take a PyTorch backend; holds what was asked of the registry and what it gave."""
     calls: list[Any] = []
 
-    def create(name: str | None, opened: EngineFolder, threads: int | None) -> Any:
+    def create(name: str | None, opened: EngineFolder, threads: int | None, *, verify: bool) -> Any:
         calls.append((name, opened.path, threads, make_engine().backend))
         return calls[-1][-1]
 
@@ -97,6 +97,25 @@ def test_load_verifies_unless_told_not_to(folder: Path, registry: list[Any]) -> 
     with pytest.raises(HashMismatchError):
         Engine.load(folder)
     assert Engine.load(folder, verify=False).tokenizer.vocab_size == 8192
+
+
+def test_load_hashes_what_it_reads(demo_engine: Any, tmp_path: Path) -> None:
+    """Neither the files of other backends nor those for other tools."""
+    target = Path(shutil.copytree(demo_engine("int8"), tmp_path / "engine"))
+    for name in ("model.bertrt", "model.onnx", "config.json"):
+        path = target / name
+        data = bytearray(path.read_bytes())
+        data[-2] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(HashMismatchError):
+        EngineFolder.open(target)
+    with Engine.load(target, backend="onnxruntime", threads=1) as engine:
+        assert engine.backend.name == "onnxruntime"
+    data = bytearray((target / "engine.onnx").read_bytes())
+    data[-2] ^= 1
+    (target / "engine.onnx").write_bytes(data)
+    with pytest.raises(HashMismatchError, match=r"engine\.onnx"):
+        Engine.load(target, backend="onnxruntime", threads=1)
 
 
 def test_load_of_nothing(tmp_path: Path, registry: list[Any]) -> None:
@@ -143,13 +162,13 @@ def test_a_folder_that_is_replaced_while_it_is_loaded(
     create = bertrt.backends.registry.create_backend
     made: list[Any] = []
 
-    def replacing(name: str | None, opened: EngineFolder, threads: int | None) -> Any:
+    def replacing(name: str | None, opened: EngineFolder, threads: int | None, *, verify: bool) -> Any:
         if len(made) < times:
             put_in_place(demo_engine("int8" if opened.manifest.precision == "fp32" else "fp32"), target)
         made.append(opened.manifest.precision)
         if failing and len(made) <= times:
             raise BackendRunError("half of one model, half of another")
-        return create(name, opened, threads)
+        return create(name, opened, threads, verify=verify)
 
     monkeypatch.setattr(bertrt.backends.registry, "create_backend", replacing)
     if times == 3:
@@ -170,7 +189,7 @@ def test_a_fault_of_a_folder_that_stays_is_told_at_once(
 ) -> None:
     calls = []
 
-    def fail(*asked: Any) -> Any:
+    def fail(*asked: Any, verify: bool) -> Any:
         calls.append(asked)
         raise BackendRunError("out of memory")
 

@@ -270,7 +270,7 @@ def test_ids_beyond_the_tokenizer_have_no_text(
     """A model's vocabulary may be padded to a round number."""
 
     class PaddedVocabulary:
-        name, threads = "stub", 1
+        name, threads, pads = "stub", 1, True
 
         def run(self, *_: Any) -> BatchOutput:
             return BatchOutput(

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -101,6 +101,18 @@ def test_sources_of_the_exporter(path: Path) -> None:
     found = set(imports(ast.parse(path.read_text(encoding="utf-8"))))
     assert "bertrt_bench" not in {name for name, _ in found}
     assert not {name for name, at_import in found if at_import} & {"torch", "transformers", "optimum"}
+
+
+def test_the_native_backend_needs_no_other_library(demo_engine: Callable[..., Path]) -> None:
+    """An engine is loaded and asked, and neither the other backend's library nor the exporter is touched."""
+    pytest.importorskip("bertrt._native", reason="the native kernels are not built")
+    folder = str(demo_engine("int8"))
+    loaded = loaded_after(
+        f"from bertrt import Engine\nwith Engine.load({folder!r}, threads=1) as engine:\n"
+        "    assert engine.backend.name == 'native'\n    engine.fill_mask('The [MASK].')"
+    )
+    assert "bertrt.backends.native" in loaded
+    assert not loaded & {*ABOVE_THE_RUNTIME, "onnxruntime", "bertrt.backends.onnxruntime"}
 
 
 def test_the_public_names() -> None:

@@ -103,7 +103,7 @@ def test_extreme_logits_do_not_overflow(tokenizer: Any, architecture: Any) -> No
     logits = np.array([[3e38, -3e38], [-1000, 1000], [5, 5], [0, 1]], np.float32)
 
     class Extreme:
-        name, threads = "stub", 1
+        name, threads, pads = "stub", 1, True
 
         def run(self, *_: Any) -> BatchOutput:
             return BatchOutput(nsp_logits=logits)

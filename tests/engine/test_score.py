@@ -115,7 +115,7 @@ def test_truncation(make_engine: Any) -> None:
 
 def test_an_impossible_token_makes_the_perplexity_infinite(tokenizer: Any, architecture: Any) -> None:
     class Impossible:
-        name, threads = "stub", 1
+        name, threads, pads = "stub", 1, True
 
         def run(self, _: Any, wanted: Any) -> BatchOutput:
             return BatchOutput(

@@ -31,12 +31,13 @@ def test_what_was_promised_is_a_budget() -> None:
     assert DEFAULT_BUDGETS["fp32"]["logit_error_max"] == 1e-3
     assert DEFAULT_BUDGETS["fp32"]["top1_agreement"] == 1
     assert DEFAULT_BUDGETS["fp16"]["top1_agreement"] == 0.995
+    assert DEFAULT_BUDGETS["bf16"]["top1_agreement"] == 0.995
     assert DEFAULT_BUDGETS["int8"]["top1_agreement"] == 0.97
     assert DEFAULT_BUDGETS["int8"]["mlm_accuracy_change_points"] == 0.5
 
 
 def test_a_lower_precision_has_no_stricter_budget() -> None:
-    for stricter, looser in (("fp32", "fp16"), ("fp16", "int8")):
+    for stricter, looser in (("fp32", "fp16"), ("fp16", "bf16"), ("bf16", "int8")):
         for name in set(DEFAULT_BUDGETS[stricter]) & set(DEFAULT_BUDGETS[looser]):
             low, high = DEFAULT_BUDGETS[looser][name], DEFAULT_BUDGETS[stricter][name]
             assert low <= high if FIGURES[name].bound == "at least" else low >= high, name

@@ -16,6 +16,7 @@ import pytest
 import transformers
 
 from bertrt.backends.base import BatchOutput, TokenBatch, Wanted
+from bertrt.backends.native import active_isa
 from bertrt.backends.onnxruntime import OnnxRuntimeBackend
 from bertrt.cli.command import EXIT_CHECK_FAILED, EXIT_OK
 from bertrt.errors import (
@@ -71,19 +72,23 @@ def names(path: Path) -> set[str]:
 
 
 def test_a_float32_engine_is_within_budget(
-    engine: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    engine: Callable[..., Path], backend_name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = engine()
     before = names(folder)
-    assert run(folder, *FEW) == EXIT_OK
+    assert run(folder, *FEW, "--backend", backend_name) == EXIT_OK
     output, errors = capsys.readouterr()
     assert errors == ""
+    isa = f", {active_isa()}" if backend_name == "native" else ""
+    assert output.startswith(f"engine-fp32 (fp32; {backend_name}{isa}) against PyTorch float32: ")
     assert output.splitlines()[-2:] == ["within budget", f"report: {folder / 'drift.html'}"]
     assert "top-1 agreement" in output
     assert names(folder) == before | REPORTS
     reopened = EngineFolder.open(folder)
     assert reopened.manifest.drift is not None
     assert reopened.manifest.drift["passed"] is True
+    assert reopened.manifest.drift["backend"] == backend_name
+    assert reopened.manifest.drift["isa"] == (active_isa() if backend_name == "native" else None)
     assert not REPORTS & set(reopened.manifest.files)
     report = json.loads((folder / "drift.json").read_text(encoding="utf-8"))
     assert report["passed"] is True
@@ -101,23 +106,31 @@ def test_a_float32_engine_is_within_budget(
 
 
 @pytest.mark.parametrize(
-    ("precision", "agreement", "accuracy"), [("fp32", 1.0, 0.0), ("fp16", 0.995, 0.2), ("int8", 0.97, 0.5)]
+    ("precision", "agreement", "accuracy"),
+    [("fp32", 1.0, 0.0), ("fp16", 0.995, 0.2), ("bf16", 0.995, 0.2), ("int8", 0.97, 0.5)],
 )
 def test_the_demo_keeps_what_the_project_promises(
     precision: str,
     agreement: float,
     accuracy: float,
+    backend_name: str,
     engine: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """At the default number of examples, on the whole held-out text."""
-    assert run(engine(precision), "--json", "--no-save") == EXIT_OK
+    folder = engine(precision)
+    if backend_name not in EngineFolder.open(folder).manifest.backends:
+        assert (precision, backend_name) in {("fp16", "native"), ("bf16", "onnxruntime")}
+        return
+    assert run(folder, "--json", "--no-save", "--backend", backend_name) == EXIT_OK
     report = json.loads(capsys.readouterr().out)
     assert report["engine"]["precision"] == precision
+    assert report["engine"]["backend"] == backend_name
+    assert (report["engine"]["isa"] is not None) == (backend_name == "native")
     assert report["figures"]["top1_agreement"] >= agreement
     assert abs(report["figures"]["mlm_accuracy_change_points"]) <= accuracy
     assert report["figures"]["non_finite"] == 0
-    assert precision == "int8" or report["figures"]["logit_error_max"] < 1e-3
+    assert precision in {"bf16", "int8"} or report["figures"]["logit_error_max"] < 1e-3
     # One layer adds to the noise of the one before it, so int8 has some everywhere.
     assert precision != "int8" or all(20 < layer["snr_db"] < 60 for layer in report["layers"])
 
@@ -178,7 +191,7 @@ def test_an_engine_that_gives_nan_fails_and_says_how_often(
 
     monkeypatch.setattr(OnnxRuntimeBackend, "run", spoilt)
     folder = engine()
-    assert run(folder, *FEW, "--json") == EXIT_CHECK_FAILED
+    assert run(folder, *FEW, "--json", "--backend", "onnxruntime") == EXIT_CHECK_FAILED
     report = json.loads(capsys.readouterr().out)
     assert report["figures"]["non_finite"] > 1000
     assert "non_finite" in [violation["figure"] for violation in report["violations"]]

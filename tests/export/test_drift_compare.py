@@ -72,6 +72,7 @@ class Perturbed:
 
     name = "perturbed"
     threads = 1
+    pads = True
 
     def __init__(self, reference: TorchReference, **changes: Callable[[Float32], Float32]) -> None:
         self._reference = reference

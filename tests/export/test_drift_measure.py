@@ -46,14 +46,17 @@ def engine(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> 
     return EngineFolder.open(out)
 
 
-def test_a_real_engine_of_a_small_model(engine: EngineFolder, checkpoint: Checkpoint) -> None:
-    report = measure_drift(engine, checkpoint, TEXT, options=DriftOptions(examples=50, seed=3, threads=2))
+def test_a_real_engine_of_a_small_model(
+    engine: EngineFolder, checkpoint: Checkpoint, backend_name: str
+) -> None:
+    options = DriftOptions(examples=50, seed=3, threads=2, backend=backend_name)
+    report = measure_drift(engine, checkpoint, TEXT, options=options)
     assert report.passed, [violation.message for violation in report.violations]
     assert report.left_out == {}
     assert (report.examples.examples, report.examples.seed, report.examples.text) == (50, 3, "text")
     assert report.examples.longest <= checkpoint.architecture.max_position_embeddings
     assert [layer.name for layer in report.layers] == ["embeddings", "layer 1", "layer 2", "layer 3"]
-    assert {"bertrt", "numpy", "torch", "transformers", "onnxruntime"} <= set(report.versions)
+    assert {"bertrt", "numpy", "torch", "transformers", backend_name} == set(report.versions)
 
 
 def test_the_same_seed_gives_the_same_figures(engine: EngineFolder, checkpoint: Checkpoint) -> None:

@@ -22,7 +22,7 @@ from bertrt_export.drift.chart import layer_chart
 from bertrt_export.drift.figures import FIGURES
 from bertrt_export.drift.keep import check_writable, keep_in_engine, keep_in_folder
 from bertrt_export.drift.prompts import BiasDrift, Lean, Prediction, PromptDrift
-from bertrt_export.drift.report import DriftReport, EngineFacts, ExampleFacts, LayerDrift
+from bertrt_export.drift.report import DriftReport, EngineFacts, ExampleFacts, LayerDrift, facts
 
 EVIL = '<script>alert("1")</script>&\'|`*_[x](y)\x00\x1b[31m\n# no'
 FILES = {"drift.json", "drift.md", "drift.html"}
@@ -120,6 +120,17 @@ def test_json_is_strict_and_complete() -> None:
     assert value["bias"]["shift_points"] == pytest.approx(1)
     assert value["prompts"][1]["kl"] is None
     assert value["seconds"] == 12.3
+
+
+def test_it_says_what_computed() -> None:
+    report = make_report()
+    assert facts(report)["Engine"] == "int8, dialect ort, backend onnxruntime, 2 threads"
+    assert report.summary()["isa"] is None
+    # The dialect is that of graphs, which the native backend does not read.
+    native = replace(report, engine=replace(report.engine, backend="native", isa="amx"))
+    assert facts(native)["Engine"] == "int8, backend native with amx, 2 threads"
+    assert (native.summary()["backend"], native.summary()["isa"]) == ("native", "amx")
+    assert native.to_json()["engine"]["isa"] == "amx"
 
 
 def test_a_figure_over_its_budget_fails_and_is_named() -> None:

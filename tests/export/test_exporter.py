@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 import bertrt_export.exporter as exporter_module
 from bertrt import Engine
+from bertrt.cli import main
 from bertrt.errors import CheckpointError, ExportError, NonFiniteWeightsError
 from bertrt.folder import EngineFolder
 from bertrt_export.checkpoints import open_checkpoint
@@ -36,6 +38,7 @@ def test_what_a_folder_holds(demo_engine: Callable[..., Path]) -> None:
         "config.json",
         "engine.json",
         "engine.onnx",
+        "model.bertrt",
         "model.onnx",
         "model.onnx_data",
         "tokenizer.json",
@@ -71,7 +74,7 @@ def test_optimum_and_a_bare_session_give_the_same_logits(
         {name: np.asarray(values, np.int64) for name, values in encoded.items()},
     )[0]
     np.testing.assert_array_equal(np.asarray(theirs), bare)
-    with Engine.load(folder, threads=2) as engine:
+    with Engine.load(folder, threads=2, backend="onnxruntime") as engine:
         answers = engine.fill_mask(TEXT, top_k=5)
     row = int(np.flatnonzero(encoded["input_ids"][0] == tokenizer.mask_token_id)[0])
     probabilities = torch.from_numpy(bare[0, row]).softmax(-1)
@@ -125,8 +128,9 @@ def test_memory_stays_near_the_largest_tensor(tmp_path: Path) -> None:
     assert peak < 5 * table
     manifest = EngineFolder.open(tmp_path / "engine", verify=False).manifest
     assert manifest.latency_only
-    size = sum(path.stat().st_size for path in (tmp_path / "engine").iterdir())
-    assert size < 140e6
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "engine").iterdir()}
+    assert sizes.pop("model.bertrt") < 115e6
+    assert sum(sizes.values()) < 140e6
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -171,7 +175,7 @@ def test_weights_out_of_reach_of_float32(small_bert: Any, save_checkpoint: Any, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("step", ["build_graph", "record_files", "check_engine"])
+@pytest.mark.parametrize("step", ["write_weight_file", "build_graph", "record_files", "check_engine"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, OSError(28, "No space left on device")])
 def test_interrupted_anywhere_leaves_nothing(
     step: str,
@@ -211,7 +215,8 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_killed_politely_in_the_middle(tmp_path: Path) -> None:
+@pytest.mark.parametrize("written", ["model.bertrt", "model.onnx_data"])
+def test_killed_politely_in_the_middle(written: str, tmp_path: Path) -> None:
     out = tmp_path / "engine"
     process = subprocess.Popen(
         [sys.executable, "-m", "bertrt", "export", "bert-large-cased", str(out), "--random"],
@@ -220,7 +225,7 @@ def test_killed_politely_in_the_middle(tmp_path: Path) -> None:
     )
     # Once there are some megabytes of weights the export is under way; a large model takes long enough.
     while process.poll() is None:
-        if any(path.stat().st_size > 4 << 20 for path in tmp_path.glob(".engine.*/model.onnx_data")):
+        if any(path.stat().st_size > 4 << 20 for path in tmp_path.glob(f".engine.*/{written}")):
             break
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
@@ -244,6 +249,89 @@ def test_the_command(tmp_path: Path) -> None:
     replaced = command("export", "demo", str(out), "--overwrite", "--dialect", "onnx")
     assert replaced.returncode == 0, replaced.stderr
     assert EngineFolder.open(out).manifest.dialect == "onnx"
+
+
+COMMON = {"config.json", "engine.json", "tokenizer.json", "tokenizer_config.json"}
+FILES = {"native": {"model.bertrt"}, "onnxruntime": {"engine.onnx", "model.onnx", "model.onnx_data"}}
+
+
+@pytest.mark.parametrize(
+    ("precision", "asked", "backends"),
+    [
+        ("int8", None, ["native", "onnxruntime"]),
+        ("fp32", None, ["native", "onnxruntime"]),
+        ("fp16", None, ["onnxruntime"]),
+        ("bf16", None, ["native"]),
+        ("int8", ["native"], ["native"]),
+        ("fp32", ["onnxruntime"], ["onnxruntime"]),
+        ("fp32", ["onnxruntime", "native"], ["native", "onnxruntime"]),
+        ("bf16", ["native"], ["native"]),
+    ],
+)
+def test_a_folder_holds_what_its_backends_need(
+    precision: Any,
+    asked: list[str] | None,
+    backends: list[str],
+    small_bert: Any,
+    save_checkpoint: Any,
+    tmp_path: Path,
+) -> None:
+    with open_checkpoint(save_checkpoint(small_bert())) as checkpoint:
+        export_engine(checkpoint, tmp_path / "engine", precision=precision, backends=asked)
+    manifest = EngineFolder.open(tmp_path / "engine").manifest
+    assert list(manifest.backends) == backends
+    assert {path.name for path in (tmp_path / "engine").iterdir()} == COMMON.union(
+        *(FILES[name] for name in backends)
+    )
+    assert manifest.precision == precision
+    assert manifest.dialect == ("ort" if "onnxruntime" in backends else None)
+    assert bool(manifest.graph) == ("onnxruntime" in backends)
+
+
+@pytest.mark.parametrize(
+    ("precision", "backends", "message"),
+    [
+        ("fp16", ["native"], "native does not compute in fp16, but in fp32, bf16, int8"),
+        ("bf16", ["native", "onnxruntime"], "onnxruntime does not compute in bf16, but in fp32, fp16, int8"),
+        ("int8", ["openvino"], "no backend 'openvino'; choose among native, onnxruntime"),
+        ("int8", [], "one backend at least"),
+    ],
+)
+def test_backends_that_cannot_be_had(
+    precision: Any, backends: list[str], message: str, small_bert: Any, save_checkpoint: Any, tmp_path: Path
+) -> None:
+    with (
+        open_checkpoint(save_checkpoint(small_bert())) as checkpoint,
+        pytest.raises(ExportError, match=message),
+    ):
+        export_engine(checkpoint, tmp_path / "engine", precision=precision, backends=backends)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_the_native_kernels_cannot_run(
+    small_bert: Any, save_checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = save_checkpoint(small_bert(hidden_size=264, num_attention_heads=1, num_hidden_layers=1))
+    out = tmp_path / "engine"
+    assert main(["export", str(wide), str(out)]) == 0
+    assert list(EngineFolder.open(out).manifest.backends) == ["onnxruntime"]
+    assert "int8 for onnxruntime, " in (said := capsys.readouterr().out)
+    assert "; not for native: its attention heads are 264 wide, the native kernels' at most 256\n" in said
+    assert main(["export", str(wide), str(tmp_path / "asked"), "--backend", "native,onnxruntime"]) == 2
+    assert re.search(
+        "native cannot run this model: .* 264 wide.*; export for onnxruntime", capsys.readouterr().err
+    )
+    assert main(["export", str(wide), str(tmp_path / "only"), "--precision", "bf16"]) == 2
+    assert re.search("only native computes in bf16, .* another precision", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_the_command_for_one_backend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "engine"
+    assert main(["export", "demo", str(out), "--precision", "bf16", "--backend", "native", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["backends"], answer["dialect"], answer["left_out"]) == (["native"], None, {})
+    assert answer["operators"] == {}
 
 
 def test_a_closed_checkpoint(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -15,13 +15,13 @@ from bertrt.manifest import Precision
 from bertrt_bench.cases import Question
 
 # Arrays by name. `features`: hidden_states [tokens, hidden]. `mlm-all`: logits [tokens, vocab].
-# `next-sentence`: logits [batch, 2]. `fill-mask`: ids [batch, TOP_K] int64 and log_probs [batch, TOP_K],
-# best first; a rival adds all_log_probs [batch, vocab], which it has computed anyway, to check the engine's
-# choice against. Floating-point arrays are float32.
+# `next-sentence`: logits [batch, 2]. `fill-mask` and `fill-mask-text`: ids [batch, TOP_K] int64 and log_probs
+# [batch, TOP_K], best first; a rival adds all_log_probs [batch, vocab], which it has computed anyway, to check
+# the engine's choice against. Floating-point arrays are float32.
 Answer = Mapping[str, npt.NDArray[Any]]
 
-# Computes the whole answer, from token ids in NumPy arrays to the answer in NumPy arrays. This is what is
-# timed.
+# Computes the whole answer, from token ids in NumPy arrays (or from texts) to the answer in NumPy arrays. This
+# is what is timed.
 Run = Callable[[], Answer]
 
 
@@ -34,12 +34,14 @@ class Setup:
         threads: threads that one run may use.
         backend: the engine's backend, ``None`` for its default.
         reference: path of the Hugging Face folder with the engine's weights; set if a contestant needs it.
+        precision: of the contestant's arithmetic, see `ContestantKind.precision_beside`.
     """
 
     engine: str
     threads: int
     backend: str | None = None
     reference: str | None = None
+    precision: Precision = "fp32"
 
     def to_json(self) -> dict[str, str | int | None]:
         """The fields by name."""
@@ -56,7 +58,7 @@ class Contestant(Protocol):
 
     @property
     def details(self) -> Mapping[str, str]:
-        """What else decides its speed: backend, instruction set, kind of attention."""
+        """What else decides its speed: backend, instruction set, kind of attention; `prepare` may add to it."""
         ...
 
     def prepare(self, question: Question) -> Run:
@@ -77,7 +79,7 @@ class ContestantKind:
         factory: ``module:function`` of type `Factory`, imported in the worker process only.
         modules: top-level modules that must be installed.
         install: the command that installs them.
-        precision: of its arithmetic; the coarser of this and the engine's sets the tolerance of the check.
+        precisions: which precision it has beside an engine of each; float32 where none is named.
         needs_reference: it reads the weights from a Hugging Face folder.
     """
 
@@ -86,8 +88,12 @@ class ContestantKind:
     factory: str
     modules: tuple[str, ...] = ()
     install: str = ""
-    precision: Precision = "fp32"
+    precisions: Mapping[Precision, Precision] = field(default_factory=dict)
     needs_reference: bool = False
+
+    def precision_beside(self, engine: Precision) -> Precision:
+        """Its precision beside an engine of this one; the coarser of the two sets the tolerance of the check."""
+        return self.precisions.get(engine, "fp32")
 
     def check_installed(self) -> None:
         """Look for its modules, without importing them.

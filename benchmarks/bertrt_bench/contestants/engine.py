@@ -1,4 +1,4 @@
-"""The engine itself, timed at the backend: token ids in, arrays out, no tokenizer."""
+"""The engine itself, timed at the backend: token ids in, arrays out, no tokenizer; but for the text task."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ import numpy as np
 import numpy.typing as npt
 
 from bertrt.backends.base import Backend, Wanted
+from bertrt.backends.native import load_kernels
 from bertrt.backends.registry import backend_status, create_backend
+from bertrt.batching import DEFAULT_TOKEN_BUDGET
+from bertrt.engine import Engine
 from bertrt.errors import MeasurementError
 from bertrt.folder import EngineFolder
-from bertrt_bench.cases import TOP_K, Question
+from bertrt.tokenization import WordPieceTokenizer
+from bertrt_bench.cases import TOP_K, Question, Task
 from bertrt_bench.contestants.base import Answer, Run, Setup
+from bertrt_bench.contestants.parts import Assembled, Part, cut
 
 _Array = TypeVar("_Array", bound=npt.NDArray[Any])
 
@@ -21,15 +26,40 @@ _Array = TypeVar("_Array", bound=npt.NDArray[Any])
 class EngineContestant:
     """A backend on an engine folder."""
 
-    def __init__(self, backend: Backend, versions: Mapping[str, str]) -> None:
+    def __init__(self, backend: Backend, folder: EngineFolder, versions: Mapping[str, str]) -> None:
         self._backend = backend
+        self._folder = folder
         self.versions = versions
-        self.details: Mapping[str, str] = {"backend": backend.name}
+        isa = getattr(backend, "isa", None)
+        self.details: Mapping[str, str] = {
+            "backend": backend.name,
+            **({"instruction_set": isa} if isinstance(isa, str) else {}),
+        }
 
     def prepare(self, question: Question) -> Run:
         """Choose what the backend shall compute; the heads that the task does not need are left out."""
-        backend, tokens = self._backend, question.tokens
-        task = question.case.task
+        case = question.case
+        if case.task == "fill-mask-text":
+            return self._fill_mask_text(question)
+        # A backend that never pads takes a mix whole; the runtime cuts it for one that does.
+        budget = DEFAULT_TOKEN_BUDGET if self._backend.pads else None
+        parts = cut(question, token_budget=budget)
+        runs = [self._run(part, case.task) for part in parts]
+        if len(runs) == 1 and np.array_equal(parts[0].sequences, np.arange(case.batch)):
+            return runs[0]
+        rows = [part.rows(case.task) for part in parts]
+        size = sum(map(len, rows))
+        return lambda: Assembled([(own, run(), None) for own, run in zip(rows, runs, strict=True)], size)
+
+    def peak(self) -> float | None:
+        """Operations per second that one core reaches at best; ``None`` for a backend that is not our own."""
+        if self._backend.name != "native":
+            return None
+        kind = "int8" if self._folder.manifest.precision == "int8" else "float"
+        return float(load_kernels().peak(kind))
+
+    def _run(self, part: Part, task: Task) -> Run:
+        backend, tokens = self._backend, part.tokens
         if task == "features":
             states = Wanted(hidden_states=True)
             return lambda: {"hidden_states": _there(backend.run(tokens, states).hidden_states)}
@@ -39,7 +69,7 @@ class EngineContestant:
         if task == "mlm-all":
             everywhere = Wanted(mlm_positions=np.arange(tokens.num_tokens, dtype=np.int64), mlm_logits=True)
             return lambda: {"logits": _there(backend.run(tokens, everywhere).mlm_logits)}
-        masks = Wanted(mlm_positions=question.masks, mlm_top_k=TOP_K)
+        masks = Wanted(mlm_positions=part.positions, mlm_top_k=TOP_K)
 
         def fill_mask() -> Answer:
             output = backend.run(tokens, masks)
@@ -47,10 +77,30 @@ class EngineContestant:
 
         return fill_mask
 
+    def _fill_mask_text(self, question: Question) -> Run:
+        manifest = self._folder.manifest
+        engine = Engine(
+            backend=self._backend,
+            tokenizer=WordPieceTokenizer.from_folder(self._folder.path, manifest.files),
+            architecture=manifest.architecture,
+            heads=manifest.heads,
+        )
+        texts = list(question.texts)
+
+        def fill_mask() -> Answer:
+            # One mask in each text, so that each answer is one list.
+            answers: Any = engine.fill_mask(texts, top_k=TOP_K)
+            scores = np.array([[found["score"] for found in answer] for answer in answers], np.float32)
+            ids = np.array([[found["token"] for found in answer] for answer in answers], np.int64)
+            return {"ids": ids, "log_probs": np.log(scores)}
+
+        return fill_mask
+
 
 def open_engine(setup: Setup) -> EngineContestant:
     """Load the engine; the caller has checked the folder's hashes."""
-    backend = create_backend(setup.backend, EngineFolder.open(setup.engine, verify=False), setup.threads)
+    folder = EngineFolder.open(setup.engine, verify=False)
+    backend = create_backend(setup.backend, folder, setup.threads)
     if backend.threads != setup.threads:
         raise MeasurementError(
             f"backend {backend.name!r} runs with {backend.threads} threads instead of {setup.threads}; "
@@ -61,7 +111,7 @@ def open_engine(setup: Setup) -> EngineContestant:
         for status in backend_status()
         if status.name == backend.name and status.version
     }
-    return EngineContestant(backend, versions)
+    return EngineContestant(backend, folder, versions)
 
 
 def _there(output: _Array | None) -> _Array:

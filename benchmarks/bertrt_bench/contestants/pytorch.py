@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 
 from bertrt.errors import MeasurementError
+from bertrt.tokenization import WordPieceTokenizer
 from bertrt_bench.cases import TOP_K, Question, Task
 from bertrt_bench.contestants.base import Answer, Run, Setup
+from bertrt_bench.contestants.parts import Block, fastest_budget, padded_run, told_of
 
 # The class that users of transformers take for each task. Each computes what it always computes: the
 # masked-LM head runs at every position, because this is how BertForMaskedLM answers a single mask.
 _CLASSES: Mapping[Task, str] = {
     "features": "BertModel",
     "fill-mask": "BertForMaskedLM",
+    "fill-mask-text": "BertForMaskedLM",
     "mlm-all": "BertForMaskedLM",
     "next-sentence": "BertForNextSentencePrediction",
 }
@@ -28,7 +32,7 @@ _ATTENTION = "sdpa"
 class TorchContestant:
     """transformers' own classes on one checkpoint, each loaded when its task is first prepared."""
 
-    def __init__(self, checkpoint: str) -> None:
+    def __init__(self, checkpoint: str, tokenizer: WordPieceTokenizer) -> None:
         # Heavy, and in the worker process only.
         import torch
         import transformers
@@ -36,42 +40,34 @@ class TorchContestant:
         self._torch: Any = torch
         self._transformers: Any = transformers
         self._checkpoint = checkpoint
+        self._tokenizer = tokenizer
         self._models: dict[str, Any] = {}
         self.versions: Mapping[str, str] = {
             "torch": str(torch.__version__),
             "transformers": str(transformers.__version__),
         }
-        self.details: Mapping[str, str] = {
+        self.details: dict[str, str] = {
             "instruction_set": str(torch.backends.cpu.get_cpu_capability()),
             "dtype": "float32",
             "attention": _ATTENTION,
         }
 
     def prepare(self, question: Question) -> Run:
-        """Load the task's model and shape the ids; the timed part starts and ends with NumPy arrays."""
-        torch, case = self._torch, question.case
-        model = self._model(_CLASSES[case.task])
-        shape = (case.batch, case.sequence)
-        input_ids = question.tokens.input_ids.reshape(shape).astype(np.int64)
-        token_type_ids = question.tokens.token_type_ids.reshape(shape).astype(np.int64)
-        attention_mask = np.ones(shape, dtype=np.int64)
-        rows, columns = np.divmod(question.masks, case.sequence)
+        """Load the task's model; the timed part starts and ends with NumPy arrays."""
+        torch, task = self._torch, question.case.task
+        model = self._model(_CLASSES[task])
 
-        def forward() -> Any:
-            return model(
-                input_ids=torch.from_numpy(input_ids),
-                token_type_ids=torch.from_numpy(token_type_ids),
-                attention_mask=torch.from_numpy(attention_mask),
-            )
-
-        def features() -> Answer:
+        def forward(block: Block) -> npt.NDArray[Any]:
             with torch.inference_mode():
-                states = forward().last_hidden_state.numpy()
-            return {"hidden_states": states.reshape(case.tokens, -1)}
+                output = model(**{name: torch.from_numpy(ids) for name, ids in block.feeds().items()})
+                values: npt.NDArray[Any] = (
+                    output.last_hidden_state if task == "features" else output.logits
+                ).numpy()
+            return values
 
-        def fill_mask() -> Answer:
+        def rank(logits: npt.NDArray[Any]) -> Answer:
             with torch.inference_mode():
-                log_probs = forward().logits[rows, columns].log_softmax(dim=-1)
+                log_probs = torch.from_numpy(logits).log_softmax(dim=-1)
                 best = log_probs.topk(TOP_K, dim=-1)
             return {
                 "ids": best.indices.numpy(),
@@ -79,22 +75,9 @@ class TorchContestant:
                 "all_log_probs": log_probs.numpy(),
             }
 
-        def mlm_all() -> Answer:
-            with torch.inference_mode():
-                logits = forward().logits.numpy()
-            return {"logits": logits.reshape(case.tokens, -1)}
-
-        def next_sentence() -> Answer:
-            with torch.inference_mode():
-                return {"logits": forward().logits.numpy()}
-
-        runs: dict[Task, Run] = {
-            "features": features,
-            "fill-mask": fill_mask,
-            "mlm-all": mlm_all,
-            "next-sentence": next_sentence,
-        }
-        return runs[case.task]
+        budget, _ = fastest_budget(question, forward)
+        self.details.update(told_of(question, budget))
+        return padded_run(question, forward, token_budget=budget, rank=rank, tokenizer=self._tokenizer)
 
     def _model(self, name: str) -> Any:
         if name not in self._models:
@@ -127,4 +110,4 @@ def open_torch(setup: Setup) -> TorchContestant:
     torch.set_num_threads(setup.threads)
     # One request at a time: a second pool could only take CPUs away from the first.
     torch.set_num_interop_threads(1)
-    return TorchContestant(setup.reference)
+    return TorchContestant(setup.reference, WordPieceTokenizer.from_folder(Path(setup.engine)))

@@ -134,6 +134,11 @@ class Backend(Protocol):
         """Threads that one run uses."""
         ...
 
+    @property
+    def pads(self) -> bool:
+        """Whether sequences of unequal length are padded, so that a batch of them costs more than its tokens."""
+        ...
+
     def run(self, batch: TokenBatch, wanted: Wanted) -> BatchOutput:
         """Compute what is wanted.
 

@@ -73,6 +73,11 @@ class OnnxRuntimeBackend:
         """Threads of one run."""
         return self._threads
 
+    @property
+    def pads(self) -> bool:
+        """Each block is padded to its longest sequence."""
+        return True
+
     def run(self, batch: TokenBatch, wanted: Wanted) -> BatchOutput:
         """See `bertrt.backends.base.Backend.run`."""
         check_request(batch, wanted, self._architecture, self._heads)

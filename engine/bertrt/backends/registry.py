@@ -25,12 +25,17 @@ class BackendStatus:
         available: whether `create_backend` can make one.
         version: of the library beneath, if it is there.
         reason: why it is not available and what to install, else an empty string.
+        isa: the instruction set of its kernels, where it chooses one itself.
+        overridden: whether it would be available but for what the user asked of it through the environment.
+            That is never a reason to take another backend instead.
     """
 
     name: str
     available: bool
     version: str | None
     reason: str = ""
+    isa: str | None = None
+    overridden: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,18 +49,29 @@ def backend_status() -> list[BackendStatus]:
     return [entry.status() for entry in _BACKENDS.values()]
 
 
-def create_backend(name: str | None, folder: EngineFolder, threads: int | None = None) -> Backend:
+def backend_names() -> tuple[str, ...]:
+    """Every backend, best first, whether it can run here or not."""
+    return tuple(_BACKENDS)
+
+
+def create_backend(
+    name: str | None, folder: EngineFolder, threads: int | None = None, *, verify: bool = False
+) -> Backend:
     """Make the backend of a name, or the best one that works here.
 
     Args:
         name: a backend, or ``None`` for the first one that is available and has its files in the folder.
         folder: the engine.
         threads: of each run; by default the CPUs that the process may use.
+        verify: first compare the SHA-256 of the files that the backend reads, for a folder that was opened
+            without.
 
     Raises:
         InputError: ``threads`` is less than 1.
-        BackendUnavailableError: the named backend cannot run here, or the folder has no files for it.
-        BackendRunError, ShapeMismatchError, ManifestError: the backend cannot load the engine.
+        BackendUnavailableError: the named backend cannot run here, or the folder has no files for it. Also the
+            best one when it cannot run because of a variable that the user has set for it (``BERTRT_ISA``):
+            another one instead would not be what was asked for.
+        BackendRunError, EngineFolderError: the backend cannot load the engine.
     """
     if name is not None and name not in _BACKENDS:
         raise BackendUnavailableError(f"there is no backend {name!r}; there are {', '.join(_BACKENDS)}")
@@ -64,9 +80,12 @@ def create_backend(name: str | None, folder: EngineFolder, threads: int | None =
     reasons = []
     for candidate in [name] if name else list(_BACKENDS):
         status = _BACKENDS[candidate].status()
+        held_here = candidate in folder.manifest.backends
         if not status.available:
+            if status.overridden and held_here:
+                raise BackendUnavailableError(f"{candidate}: {status.reason}")
             reasons.append(f"{candidate}: {status.reason}")
-        elif candidate not in folder.manifest.backends:
+        elif not held_here:
             held = (
                 f"files for {', '.join(folder.manifest.backends)} only"
                 if folder.manifest.backends
@@ -74,8 +93,33 @@ def create_backend(name: str | None, folder: EngineFolder, threads: int | None =
             )
             reasons.append(f"{candidate}: of the files that it needs the engine folder has {held}")
         else:
+            if verify:
+                folder.check(hashes=folder.manifest.backends[candidate].values())
             return _BACKENDS[candidate].create(folder, threads)
     raise BackendUnavailableError(f"no backend can run this engine here ({'; '.join(reasons)})")
+
+
+def _native_status() -> BackendStatus:
+    # Imported here: `bertrt --help` and the like need none of it.
+    from bertrt.backends import native
+
+    name = native.NAME
+    try:
+        version = str(native.load_kernels().__version__)
+    except BackendUnavailableError as error:
+        return BackendStatus(name=name, available=False, version=None, reason=str(error))
+    try:
+        isa = native.active_isa()
+    except BackendUnavailableError as error:
+        # The portable kernels run anywhere, so it is the variable that stands in the way.
+        return BackendStatus(name=name, available=False, version=version, reason=str(error), overridden=True)
+    return BackendStatus(name=name, available=True, version=version, isa=isa)
+
+
+def _create_native(folder: EngineFolder, threads: int | None) -> Backend:
+    from bertrt.backends.native import NativeBackend
+
+    return NativeBackend(folder, threads=threads)
 
 
 def _onnxruntime_status() -> BackendStatus:
@@ -99,5 +143,6 @@ def _create_onnxruntime(folder: EngineFolder, threads: int | None) -> Backend:
 
 
 _BACKENDS: dict[str, _Entry] = {
+    "native": _Entry(status=_native_status, create=_create_native),
     "onnxruntime": _Entry(status=_onnxruntime_status, create=_create_onnxruntime),
 }

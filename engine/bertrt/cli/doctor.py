@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from bertrt import __version__
+from bertrt import __version__, c_library
+from bertrt.backends.native import ISA_VARIABLE, InstructionSet, instruction_sets
 from bertrt.backends.registry import BackendStatus, backend_status
 from bertrt.builtin import cache_folder
 from bertrt.cli.command import EXIT_CHECK_FAILED, EXIT_OK, Command
 from bertrt.cli.console import emit, human_bytes, table
 from bertrt.cli.extras import EXTRA_OF_MODULE, install_line
-from bertrt.errors import BertRTError
+from bertrt.errors import BackendUnavailableError, BertRTError
 from bertrt.machine import Machine, describe
 
 
@@ -28,17 +29,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     machine, backends, packages, cache = describe(), backend_status(), _packages(), _cache()
+    kernels, library = _kernels(), _c_library()
     if args.json:
         value = {
             "bertrt": __version__,
             "machine": machine.to_json(),
             "backends": [asdict(backend) for backend in backends],
+            "kernels": [asdict(isa) for isa in kernels],
+            "c_library": library,
             "packages": packages,
             "cache": cache,
         }
         emit(value, as_json=True)
     else:
-        emit("\n".join(_report(machine, backends, packages, cache)), as_json=False)
+        emit("\n".join(_report(machine, backends, kernels, library, packages, cache)), as_json=False)
     return EXIT_OK if any(backend.available for backend in backends) else EXIT_CHECK_FAILED
 
 
@@ -65,6 +69,29 @@ def _version(module: str) -> str:
         return "installed"
 
 
+def _kernels() -> list[InstructionSet]:
+    """The instruction sets of the native kernels; none where they are not built, which their backend says."""
+    try:
+        return instruction_sets()
+    except BackendUnavailableError:
+        return []
+
+
+def _c_library() -> dict[str, str | None]:
+    """Where the header and the shared library lie."""
+    found: dict[str, str | None] = {"include": None, "library_dir": None, "problem": None}
+    places: dict[str, Callable[[], str]] = {
+        "include": c_library.get_include,
+        "library_dir": c_library.get_library_dir,
+    }
+    for name, place in places.items():
+        try:
+            found[name] = place()
+        except BackendUnavailableError as error:
+            found["problem"] = found["problem"] or str(error)
+    return found
+
+
 def _cache() -> dict[str, Any]:
     """Where built-in engines are kept, and what is there."""
     try:
@@ -81,6 +108,8 @@ def _cache() -> dict[str, Any]:
 def _report(
     machine: Machine,
     backends: list[BackendStatus],
+    kernels: list[InstructionSet],
+    library: dict[str, str | None],
     packages: list[dict[str, str | None]],
     cache: dict[str, Any],
 ) -> Iterator[str]:
@@ -98,10 +127,16 @@ def _report(
     yield "backends"
     yield table(
         [
-            (backend.name, backend.version or "-", "available" if backend.available else backend.reason)
+            (backend.name, backend.version or "-", _state(backend) if backend.available else backend.reason)
             for backend in backends
         ]
     )
+    if kernels:
+        yield "native kernels"
+        yield table([(isa.name, _use(isa)) for isa in kernels])
+        yield "C library"
+        places = [(name, path) for name in ("include", "library_dir") if (path := library[name])]
+        yield table([*places, *([("missing", library["problem"])] if library["problem"] else [])])
     yield "optional packages"
     yield table(
         [
@@ -112,6 +147,16 @@ def _report(
     yield "built-in engines"
     held = ", ".join(cache["engines"]) or "none yet"
     yield table([(cache["problem"] or cache["path"], "" if cache["problem"] else held)])
+
+
+def _state(backend: BackendStatus) -> str:
+    return f"available, with {backend.isa}" if backend.isa else "available"
+
+
+def _use(isa: InstructionSet) -> str:
+    if isa.active:
+        return "in use"
+    return isa.reason or f"can be used: {ISA_VARIABLE}={isa.name}"
 
 
 def _cores(machine: Machine) -> str:

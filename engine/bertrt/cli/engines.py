@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from bertrt.backends.registry import backend_names
 from bertrt.cli.console import note
 from bertrt.engine import Engine
 
@@ -11,8 +12,11 @@ from bertrt.engine import Engine
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the engine and the options of `Engine.load`."""
     parser.add_argument("engine", metavar="ENGINE", help="an engine folder, or 'demo' for the built-in one")
+    # Not `choices`: the registry's error says more, and is the same in Python.
     parser.add_argument(
-        "--backend", metavar="NAME", help="what computes (default: the fastest that works here)"
+        "--backend",
+        metavar="NAME",
+        help=f"what computes: {' or '.join(backend_names())} (default: the first that works here)",
     )
     parser.add_argument(
         "--threads",

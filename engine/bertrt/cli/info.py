@@ -35,6 +35,7 @@ def _run(args: argparse.Namespace) -> int:
         value["path"] = str(folder.path)
         value["parameters"] = parameters
         value["total_bytes"] = folder.size()
+        value["backend_bytes"] = {name: backend_bytes(folder.manifest, name) for name in value["backends"]}
         value["verified"] = bool(args.verify)
         emit(value, as_json=True)
     else:
@@ -62,6 +63,11 @@ def count_parameters(architecture: BertArchitecture, heads: Heads) -> int:
     return count
 
 
+def backend_bytes(manifest: Manifest, backend: str) -> int:
+    """Bytes of the files that a backend reads; two backends may share some."""
+    return sum(manifest.files[name].size for name in set(manifest.backends[backend].values()))
+
+
 def _summary(folder: EngineFolder, parameters: int, *, verified: bool) -> Iterator[str]:
     manifest = folder.manifest
     architecture = manifest.architecture
@@ -81,7 +87,7 @@ def _summary(folder: EngineFolder, parameters: int, *, verified: bool) -> Iterat
                 f"{architecture.vocab_size:,} WordPieces, {architecture.max_position_embeddings} positions",
             ),
             ("parameters", f"{parameters:,}"),
-            ("precision", f"{manifest.precision}, dialect {manifest.dialect}"),
+            ("precision", manifest.precision + (f", dialect {manifest.dialect}" if manifest.dialect else "")),
             ("heads", ", ".join(heads) or "none: features only"),
             ("backends", ", ".join(manifest.backends) or "none"),
             *((name, _flat(value)) for name, value in manifest.graph.items()),
@@ -95,6 +101,15 @@ def _summary(folder: EngineFolder, parameters: int, *, verified: bool) -> Iterat
     ]
     total = (human_bytes(folder.size()), "in all", "hashes verified" if verified else "sizes checked")
     yield table([*records, total], align=">")
+    if manifest.backends:
+        yield "read by"
+        yield table(
+            [
+                (human_bytes(backend_bytes(manifest, name)), name, ", ".join(sorted(set(roles.values()))))
+                for name, roles in manifest.backends.items()
+            ],
+            align=">",
+        )
     if manifest.drift is None:
         yield f"drift\n  not measured; run: bertrt drift {folder.path}"
     else:

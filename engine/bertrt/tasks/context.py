@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from bertrt.architecture import BertArchitecture
 from bertrt.arguments import as_texts, check_integer
-from bertrt.backends.base import Backend
+from bertrt.backends.base import Backend, Int64
+from bertrt.batching import plan_batches
 from bertrt.errors import BackendRunError, MissingHeadError
 from bertrt.manifest import Heads
 from bertrt.tokenization import WordPieceTokenizer
@@ -36,7 +37,7 @@ class TaskContext:
         tokenizer: the engine's own.
         architecture: the model's dimensions.
         heads: which heads the checkpoint has.
-        token_budget: the most padded tokens of one batch.
+        token_budget: the most tokens of one batch, padding included where the backend pads.
         name: the engine's name, for messages.
     """
 
@@ -51,6 +52,12 @@ class TaskContext:
     def max_length(self) -> int:
         """The longest sequence in tokens, special tokens included."""
         return self.architecture.max_position_embeddings
+
+    def plan(self, lengths: npt.ArrayLike, *, positions: npt.ArrayLike | None = None) -> list[Int64]:
+        """Batches that suit the backend; see `bertrt.batching.plan_batches`."""
+        return plan_batches(
+            lengths, token_budget=self.token_budget, pads=self.backend.pads, positions=positions
+        )
 
     def stride(self, stride: int | None, default: int) -> int:
         """The overlap of windows that was asked for, or the default, in content tokens.

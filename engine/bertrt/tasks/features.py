@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from bertrt.arguments import check_choice
 from bertrt.backends.base import Float32, Int64, Wanted
-from bertrt.batching import pack, plan_batches
+from bertrt.batching import pack
 from bertrt.tasks.context import TaskContext, computed
 from bertrt.tokenization import Encoded, Overflow
 
@@ -127,7 +127,7 @@ def _run(
         for number, window in enumerate(layout.windows)
     ]
     lengths = [window.input_ids.shape[0] for _, _, window in jobs]
-    for indices in plan_batches(lengths, token_budget=context.token_budget):
+    for indices in context.plan(lengths):
         batch = pack([jobs[index][2] for index in indices])
         output = context.backend.run(batch, wanted)
         rows = computed(output.pooled if wanted.pooled else output.hidden_states)

@@ -10,7 +10,7 @@ import numpy as np
 
 from bertrt.arguments import as_texts, check_choice, check_integer
 from bertrt.backends.base import Float32, Int32, Int64, Wanted
-from bertrt.batching import pack, plan_batches
+from bertrt.batching import pack
 from bertrt.errors import InputError, MaskNotFoundError, TextEncodingError, TooManyMasksError
 from bertrt.tasks.context import TaskContext, computed
 from bertrt.tokenization import Encoded, Overflow
@@ -82,10 +82,8 @@ def fill_mask(
         jobs.extend(found)
         answers.append([[] for job in found for _ in job.masks])
 
-    plan = plan_batches(
-        [job.encoded.input_ids.shape[0] for job in jobs],
-        token_budget=context.token_budget,
-        positions=[len(job.masks) for job in jobs],
+    plan = context.plan(
+        [job.encoded.input_ids.shape[0] for job in jobs], positions=[len(job.masks) for job in jobs]
     )
     for indices in plan:
         batch_jobs = [jobs[index] for index in indices]

@@ -9,7 +9,7 @@ import numpy as np
 
 from bertrt.arguments import check_choice
 from bertrt.backends.base import Wanted
-from bertrt.batching import pack, plan_batches
+from bertrt.batching import pack
 from bertrt.errors import InputError
 from bertrt.tasks.context import TaskContext, computed
 
@@ -31,7 +31,7 @@ def next_sentence(
     encodings = context.tokenizer.encode_pairs(a, b, max_length=context.max_length, overflow=overflow)
     probabilities = np.empty(len(encodings), np.float64)
     lengths = [encoded.input_ids.shape[0] for encoded in encodings]
-    for indices in plan_batches(lengths, token_budget=context.token_budget):
+    for indices in context.plan(lengths):
         batch = pack([encodings[index] for index in indices])
         wide = computed(context.backend.run(batch, Wanted(nsp=True)).nsp_logits).astype(np.float64)
         # Softmax, column 0 ("B follows A"), without overflow for logits of any size.

@@ -10,7 +10,7 @@ import numpy as np
 
 from bertrt.arguments import check_choice
 from bertrt.backends.base import Int64, TokenBatch, Wanted
-from bertrt.batching import offsets_of, plan_batches
+from bertrt.batching import offsets_of
 from bertrt.errors import InputError
 from bertrt.tasks.context import TaskContext, computed
 from bertrt.tokenization import Encoded
@@ -53,9 +53,7 @@ def score(
     job_position = np.concatenate(positions)
     lengths = np.array([encoded.input_ids.shape[0] for encoded in encodings], dtype=np.int64)
     log_probs = np.empty(job_text.shape[0], np.float64)
-    for indices in plan_batches(
-        lengths[job_text], token_budget=context.token_budget, positions=np.ones_like(job_text)
-    ):
+    for indices in context.plan(lengths[job_text], positions=np.ones_like(job_text)):
         batch, places, tokens = _masked_copies(
             context, [encodings[text] for text in job_text[indices]], job_position[indices]
         )

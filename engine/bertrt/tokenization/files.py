@@ -19,6 +19,8 @@ _VOCAB = "vocab.txt"
 _CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
 _ADDED_TOKENS = "added_tokens.json"
+# Every name that is read; nothing else of a folder is.
+TOKENIZER_FILES = (_TOKENIZER, _VOCAB, _CONFIG, _SPECIAL_TOKENS, _ADDED_TOKENS)
 
 # The largest vocabularies in use take about 10 MB; a larger file is not read into memory.
 _LARGEST_FILE = 64 << 20

@@ -108,8 +108,9 @@ def _describe(report: DriftReport, kept: Path | None) -> str:
         if name in report.figures
     ]
     examples = report.examples
+    computed = report.engine.backend + (f", {report.engine.isa}" if report.engine.isa else "")
     lines = [
-        f"{report.engine.name} ({report.engine.precision}) against PyTorch float32: "
+        f"{report.engine.name} ({report.engine.precision}; {computed}) against PyTorch float32: "
         f"{examples.examples:,} examples, {examples.masked:,} masked positions, {report.seconds:.0f} s",
         table([("", "measured", "budget", ""), *rows], align="<>><"),
         *(f"left out: {part}: {why}" for part, why in report.left_out.items()),

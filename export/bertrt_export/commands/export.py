@@ -13,6 +13,7 @@ from bertrt.folder import EngineFolder
 from bertrt.manifest import Dialect, Precision
 from bertrt_export.checkpoints import open_checkpoint
 from bertrt_export.exporter import export_engine
+from bertrt_export.targets import NAMES, TARGETS, target_problem
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=get_args(Precision),
         default="int8",
-        help="of the matrix products: int8 (default) is the fastest on a CPU, fp32 the nearest to PyTorch",
+        help="of the matrix products: int8 (default) is the fastest on a CPU, fp32 the nearest to PyTorch; "
+        "bf16 is the native backend's alone, fp16 onnxruntime's",
+    )
+    parser.add_argument(
+        "--backend",
+        metavar="NAMES",
+        help=f"the backends whose files the folder shall hold, with commas between: {','.join(NAMES)} "
+        "(default: all that compute in this precision)",
     )
     parser.add_argument(
         "--dialect",
@@ -56,26 +64,37 @@ def _run(args: argparse.Namespace) -> int:
             args.out,
             precision=args.precision,
             dialect=args.dialect,
+            backends=None if args.backend is None else [name.strip() for name in args.backend.split(",")],
             overwrite=args.overwrite,
         )
     size = EngineFolder(args.out, manifest).size()
     seconds = time.perf_counter() - start
+    # What was left out without being asked.
+    left_out = {
+        name: problem
+        for name in (TARGETS[manifest.precision] if args.backend is None else ())
+        if (problem := target_problem(name, manifest.architecture))
+    }
     if args.json:
         result = {
             "engine": str(args.out),
             "precision": manifest.precision,
             "dialect": manifest.dialect,
+            "backends": list(manifest.backends),
+            "left_out": left_out,
             "latency_only": manifest.latency_only,
             "bytes": size,
             "seconds": round(seconds, 3),
-            "operators": manifest.graph["operators"],
+            "operators": manifest.graph.get("operators", {}),
         }
         emit(result, as_json=True)
         return EXIT_OK
-    note = "; random weights: for latency only, its answers mean nothing" if manifest.latency_only else ""
+    backends = "+".join(manifest.backends)
+    notes = "".join(f"; not for {name}: {problem}" for name, problem in left_out.items())
+    notes += "; random weights: for latency only, its answers mean nothing" if manifest.latency_only else ""
     emit(
-        f"{args.out}: {manifest.source.name}, {manifest.precision}, {size / 1e6:.1f} MB, "
-        f"{seconds:.1f} s{note}\nnext: bertrt info {args.out}",
+        f"{args.out}: {manifest.source.name}, {manifest.precision} for {backends}, {size / 1e6:.1f} MB, "
+        f"{seconds:.1f} s{notes}\nnext: bertrt info {args.out}",
         as_json=False,
     )
     return EXIT_OK
@@ -86,6 +105,7 @@ COMMAND = Command(
     help="turn a checkpoint into an engine folder",
     example="bertrt export demo demo-engine --precision int8\n"
     "bertrt export ./my-bert engine --precision fp32\n"
+    "bertrt export ./my-bert native-engine --precision bf16 --backend native\n"
     "bertrt export bert-base-cased latency-engine --random",
     add_arguments=_add_arguments,
     run=_run,

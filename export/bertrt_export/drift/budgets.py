@@ -13,6 +13,13 @@ signal at every place where a value is stored; a dozen such places in a row leav
 between 16 and 32 are stored in steps of 1/64, so that two tokens that close change places now and then: 0.5 %
 of the positions may. A KL divergence of 1e-4 nats corresponds to logits off by 0.014, one such step.
 
+**bf16** has 8 bits of significand: rounding is at most 2^-8 of each value, and its mean square 55 dB below the
+signal. Some fifty such places in a row of twelve layers add up to a noise at 38 dB; 30 dB leave room for what
+grows on the way. Noise of that size moves logits with a spread of 3 by 0.1, which is a KL divergence of at most
+0.1² / 2 = 5e-3 where all of them move against each other, and less than 1e-3 in the mean, where they do not; as
+in fp16, 0.5 % of the preferred tokens may change places with one as good. The cosine of one token may fall below
+that of 30 dB, 0.9995, by ten times the noise.
+
 **int8** has 256 steps for the range of an activation or of a weight's channel, some 30 to 40 dB for each
 product. The largest logit error says nothing here (it is that of the least likely words), so that what
 follows from the logits is bounded instead. 97 % of the preferred tokens stay; where they change, the two were
@@ -68,6 +75,21 @@ DEFAULT_BUDGETS: Final[Mapping[Precision, Mapping[str, float]]] = {
         "layer_snr_lowest": 40.0,
         "prompt_kl_max": 1e-3,
         "bias_shift": 1.0,
+    },
+    "bf16": {
+        NON_FINITE: 0,
+        "kl_mean": 1e-3,
+        "kl_p99": 1e-2,
+        "top1_agreement": 0.995,
+        "top5_overlap": 0.98,
+        "mlm_accuracy_change_points": 0.2,
+        "pseudo_perplexity_change": 0.01,
+        "nsp_changed": 0.005,
+        "hidden_cosine_worst": 0.995,
+        "pooled_cosine_worst": 0.995,
+        "layer_snr_lowest": 30.0,
+        "prompt_kl_max": 1e-2,
+        "bias_shift": 2.0,
     },
     "int8": {
         NON_FINITE: 0,

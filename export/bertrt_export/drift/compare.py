@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -21,12 +20,12 @@ from bertrt.tokenization import WordPieceTokenizer
 from bertrt_export.checkpoints import Checkpoint
 from bertrt_export.drift.budgets import NON_FINITE, check_budgets, resolve_budgets
 from bertrt_export.drift.examples import Example, build_examples
+from bertrt_export.drift.layers import Probe, make_probe
 from bertrt_export.drift.metrics import CosineDrift, LayerNoise, MaskedLmDrift, NextSentenceDrift
 from bertrt_export.drift.prompts import BiasDrift, PromptDrift, compare_prompts
 from bertrt_export.drift.reference import Reference, open_reference, require
 from bertrt_export.drift.report import DriftReport, EngineFacts, ExampleFacts, LayerDrift
 from bertrt_export.drift.text import Corpus, read_corpus, read_text
-from bertrt_export.graph.probe import LayerProbe
 
 # With the demo's text these are some 9,500 masked positions: a top-1 agreement of 97 % is then known to
 # within 0.35 points (two standard errors), which tells a good int8 engine from a bad one.
@@ -69,14 +68,6 @@ class DriftOptions:
             raise InputError(f"the seed must be 0 or more, got {self.seed}")
         if self.threads is not None and self.threads < 1:
             raise InputError(f"threads must be 1 or more, got {self.threads}")
-
-
-class Probe(Protocol):
-    """Gives the outputs of an engine's layers (`bertrt_export.graph.probe.LayerProbe`)."""
-
-    def run(self, batch: TokenBatch) -> list[Float32]:
-        """The embeddings and every layer's output, each ``[tokens, hidden] float32``."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +130,7 @@ def measure_drift(
     backend = create_backend(options.backend, folder, threads)
     try:
         with open_reference(checkpoint, manifest.heads, threads=threads) as reference:
-            probe = LayerProbe(folder, threads)
+            probe = make_probe(folder, backend)
             try:
                 found = compare(
                     backend,
@@ -351,6 +342,7 @@ def _engine_facts(folder: EngineFolder, backend: Backend) -> EngineFacts:
         dialect=manifest.dialect,
         heads=manifest.heads,
         backend=backend.name,
+        isa=getattr(backend, "isa", None),
         threads=backend.threads,
     )
 

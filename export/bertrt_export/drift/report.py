@@ -23,14 +23,26 @@ _SUMMARY: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:
-    """The engine that was measured."""
+    """The engine that was measured.
+
+    Attributes:
+        name: of its folder.
+        source: where its weights came from.
+        precision: of its matrix products.
+        dialect: of its graph, where it has one.
+        heads: those that were compared.
+        backend: what computed.
+        isa: the instruction set of its kernels, where it chooses one itself.
+        threads: of each run.
+    """
 
     name: str
     source: Source
     precision: Precision
-    dialect: str
+    dialect: str | None
     heads: Heads
     backend: str
+    isa: str | None = None
     threads: int
 
 
@@ -161,6 +173,7 @@ class DriftReport:
             "masked": self.examples.masked,
             "seed": self.examples.seed,
             "backend": self.engine.backend,
+            "isa": self.engine.isa,
             "versions": dict(self.versions),
         }
 
@@ -182,11 +195,12 @@ def facts(report: DriftReport) -> dict[str, str]:
     engine, examples, source, machine = report.engine, report.examples, report.engine.source, report.machine
     revision = f" at {source.revision}" if source.revision else ""
     seed = f", seed {source.seed}" if source.seed is not None else ""
+    dialect = f", dialect {engine.dialect}" if engine.backend == "onnxruntime" and engine.dialect else ""
+    isa = f" with {engine.isa}" if engine.isa else ""
     return {
         "Source": f"{source.name} ({source.kind}{seed}){revision}",
         "Weights": f"SHA-256 {source.weights_sha256}" if source.weights_sha256 else "random",
-        "Engine": f"{engine.precision}, dialect {engine.dialect}, backend {engine.backend}, "
-        f"{engine.threads} threads",
+        "Engine": f"{engine.precision}{dialect}, backend {engine.backend}{isa}, {engine.threads} threads",
         "Reference": "the same weights in PyTorch float32, through transformers, on identical token ids",
         "Text": f"{examples.text}: {examples.documents:,} documents, {examples.sentences:,} sentences, "
         f"SHA-256 {examples.text_sha256}",

@@ -45,12 +45,19 @@ class Fake:
 
     def prepare(self, question):
         answer = self.answer(question)
+        self.log(f"ids:{question.tokens.input_ids.sum()}")
 
         def run():
             self.log(f"run:{question.case.task}:{question.case.batch}:{question.case.sequence}")
             return answer
 
         return run
+
+
+class Peaked(Fake):
+    def peak(self):
+        self.log("peak")
+        return 1e9
 
 
 class Wrong(Fake):
@@ -134,6 +141,7 @@ def _factory(name, kind):
 open_a = _factory("a", Fake)
 open_b = _factory("b", Fake)
 open_c = _factory("c", Fake)
+open_peaked = _factory("peaked", Peaked)
 open_wrong = _factory("wrong", Wrong)
 open_not_finite = _factory("not_finite", NotFinite)
 open_misshapen = _factory("misshapen", Misshapen)

@@ -1,0 +1,164 @@
+"""Which backend an engine gets, and why it does not get another."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from bertrt.backends import registry
+from bertrt.backends.base import Backend
+from bertrt.backends.registry import BackendStatus, backend_names, backend_status, create_backend
+from bertrt.errors import BackendUnavailableError, HashMismatchError, InputError
+from bertrt.folder import MANIFEST_NAME, EngineFolder
+
+ISA = "BERTRT_ISA"
+
+
+@pytest.fixture
+def folder(demo_engine: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of an engine with the files of both backends."""
+    return Path(shutil.copytree(demo_engine("int8"), tmp_path / "engine"))
+
+
+def keep_only(folder: Path, *backends: str) -> EngineFolder:
+    path = folder / MANIFEST_NAME
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["backends"] = {name: manifest["backends"].get(name, {}) for name in backends}
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    return EngineFolder.open(folder)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_the_native_one_comes_first(folder: Path, kernels: ModuleType) -> None:
+    assert backend_names() == ("native", "onnxruntime")
+    assert [status.name for status in backend_status()] == ["native", "onnxruntime"]
+    opened = EngineFolder.open(folder)
+    for name, expected in {None: "native", "native": "native", "onnxruntime": "onnxruntime"}.items():
+        backend = create_backend(name, opened, 3)
+        assert (backend.name, backend.threads) == (expected, 3)
+        assert isinstance(backend, Backend)
+        assert backend.pads == (expected == "onnxruntime")
+
+
+def test_without_kernels_onnxruntime_takes_over_and_the_reason_is_kept(
+    folder: Path, no_kernels: None
+) -> None:
+    opened = EngineFolder.open(folder)
+    assert create_backend(None, opened, 1).name == "onnxruntime"
+    status = backend_status()[0]
+    assert (status.name, status.available, status.version) == ("native", False, None)
+    assert "installed with BERTRT_KERNELS=OFF" in status.reason
+    assert "GCC 12 or Clang 15" in status.reason
+    with pytest.raises(BackendUnavailableError, match=r"native: the native kernels are not built"):
+        create_backend("native", opened)
+
+
+def test_kernels_that_do_not_load_are_not_called_missing(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(name: str) -> ModuleType:
+        raise ImportError("libstdc++.so.6: version `GLIBCXX_9' not found")
+
+    monkeypatch.setattr("bertrt.backends.native.importlib.import_module", broken)
+    status = backend_status()[0]
+    assert not status.available
+    assert "built but do not load (libstdc++.so.6: version" in status.reason
+
+
+def test_the_engine_decides_too(folder: Path, kernels: ModuleType) -> None:
+    opened = keep_only(folder, "onnxruntime")
+    assert create_backend(None, opened, 1).name == "onnxruntime"
+    with pytest.raises(BackendUnavailableError, match="native: .* has files for onnxruntime only"):
+        create_backend("native", opened)
+
+
+def test_nobody_can_and_each_says_why(
+    folder: Path, no_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = EngineFolder.open(folder)
+    nobody = keep_only(folder)
+    with pytest.raises(BackendUnavailableError, match="native: .*not built.*; onnxruntime: .* has none"):
+        create_backend(None, nobody)
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        BackendUnavailableError, match=r"native: .*; onnxruntime: .*pip install \"bertrt\[ort\]\""
+    ):
+        create_backend(None, opened)
+
+
+def test_what_there_is_not(folder: Path) -> None:
+    opened = EngineFolder.open(folder)
+    with pytest.raises(BackendUnavailableError, match="no backend 'nope'; there are native, onnxruntime"):
+        create_backend("nope", opened)
+    for threads in (0, -1, True, 1.5, "2", 10**9):
+        with pytest.raises(InputError, match="threads must be a whole number"):
+            create_backend(None, opened, threads)  # type: ignore[arg-type] # that is what is tested
+
+
+def test_an_onnxruntime_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("onnxruntime")
+    module.__spec__ = sys.modules["onnxruntime"].__spec__ if "onnxruntime" in sys.modules else object()
+    monkeypatch.setitem(sys.modules, "onnxruntime", module)  # without a version
+    status = backend_status()[1]
+    assert not status.available
+    assert "is installed but does not load" in status.reason
+
+
+@pytest.mark.usefixtures("kernels", "_asked_for")
+class TestAnInstructionSetThatTheProcessorLacks:
+    """What ``BERTRT_ISA`` asks for is done or refused, and never met by another backend."""
+
+    @pytest.fixture
+    def _asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(ISA, "huge")
+
+    def test_it_is_said_of_the_backend(self) -> None:
+        status = backend_status()[0]
+        reason = "BERTRT_ISA=huge cannot be used: the processor lacks it"
+        assert status == BackendStatus(
+            name="native", available=False, version="1.2.3", reason=reason, overridden=True
+        )
+
+    @pytest.mark.parametrize("name", [None, "native"])
+    def test_it_is_an_error_where_the_kernels_would_run(self, folder: Path, name: str | None) -> None:
+        with pytest.raises(BackendUnavailableError, match="BERTRT_ISA=huge cannot be used"):
+            create_backend(name, EngineFolder.open(folder))
+
+    def test_others_are_not_concerned(self, folder: Path) -> None:
+        assert create_backend("onnxruntime", EngineFolder.open(folder), 1).name == "onnxruntime"
+        assert create_backend(None, keep_only(folder, "onnxruntime"), 1).name == "onnxruntime"
+
+    def test_one_that_it_has_is_taken(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(ISA, "plain")
+        assert backend_status()[0].isa == "plain"
+        backend: Any = create_backend(None, EngineFolder.open(folder))
+        assert backend.isa == "plain"
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "reader"),
+    [("model.bertrt", "native"), ("engine.onnx", "onnxruntime"), ("model.onnx_data", "onnxruntime")],
+)
+def test_only_the_files_that_are_read_are_hashed(
+    spoilt: str, reader: str, folder: Path, kernels: ModuleType
+) -> None:
+    flip_a_bit(folder / spoilt)
+    opened = EngineFolder.open(folder, verify=False)
+    for name in backend_names():
+        if name == reader:
+            with pytest.raises(HashMismatchError, match=f"'{spoilt}' .* is corrupt or was replaced"):
+                create_backend(name, opened, 1, verify=True)
+        else:
+            create_backend(name, opened, 1, verify=True).close()
