@@ -33,8 +33,7 @@ format: $(INSTALLED)
 # The folder's tools come from PyPI, as those of an installation do.
 sanitize: $(INSTALLED)
 	for precision in fp32 bf16 int8; do \
-		test -d build/sanitize/$$precision-engine || \
-			$(BIN)/bertrt export demo build/sanitize/$$precision-engine --precision $$precision --backend native || exit 1; \
+		$(BIN)/bertrt export demo build/sanitize/$$precision-engine --precision $$precision --backend native --overwrite || exit 1; \
 	done
 	PATH="$(abspath $(BIN)):$$PATH" kernels/sanitize.sh build/sanitize build/sanitize/*-engine/model.bertrt
 
@@ -47,7 +46,7 @@ $(INSTALLED): pyproject.toml $(KERNELS)
 		{ echo "BertRT needs Python 3.11 or later; run: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]" -C cmake.define.BERTRT_WERROR=ON
 	@touch $@
 
 clean:

@@ -23,6 +23,7 @@ The hierarchy (each class's docstring says when it is raised)::
     ├── TokenizerError                      tokenizer files that are missing, corrupt or not WordPiece
     ├── BackendError
     │   ├── BackendUnavailableError
+    │   │   └── KernelsNotBuiltError
     │   └── BackendRunError
     ├── CheckpointError                     the source of an export is not a BERT that we know
     │   ├── CheckpointNotFoundError
@@ -134,6 +135,10 @@ class BackendError(BertRTError):
 
 class BackendUnavailableError(BackendError):
     """A backend cannot run here; the message says why and what to install or choose instead."""
+
+
+class KernelsNotBuiltError(BackendUnavailableError):
+    """bertrt was installed without its native kernels."""
 
 
 class BackendRunError(BackendError):

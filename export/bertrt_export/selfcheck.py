@@ -14,8 +14,9 @@ import onnxruntime
 
 from bertrt.backends.native import load_kernels
 from bertrt.backends.onnxruntime import session_options
-from bertrt.errors import BackendUnavailableError, ExportError
+from bertrt.errors import BackendUnavailableError, ExportError, KernelsNotBuiltError
 from bertrt.manifest import Manifest, Precision
+from bertrt_export.targets import NATIVE
 
 _Outputs = dict[str, npt.NDArray[np.float32]]
 
@@ -59,15 +60,16 @@ def check_engine(folder: Path, manifest: Manifest, graphs: dict[str, onnx.ModelP
     The native kernels are left out where they are not built.
 
     Raises:
-        ExportError: a graph is invalid, cannot be run, gives NaN, or two answers disagree.
+        ExportError: a graph is invalid, cannot be run, gives NaN, or two answers disagree; the kernels are built but
+            do not load.
     """
     probe = _Probe.make(manifest)
     engine = _check_graphs(folder, manifest, graphs, probe) if graphs else None
-    if "native" not in manifest.backends:
+    if NATIVE not in manifest.backends:
         return
     native = _run_native(folder, manifest, probe)
     if native is not None:
-        _check_finite(manifest.backends["native"]["weights"], native, manifest)
+        _check_finite(manifest.backends[NATIVE]["weights"], native, manifest)
         if engine is not None:
             _check_backends(native, engine, manifest.precision, probe)
 
@@ -138,9 +140,11 @@ def _run_native(folder: Path, manifest: Manifest, probe: _Probe) -> _Outputs | N
     """The outputs for the first two sequences, packed; ``None`` where the kernels are not built."""
     try:
         kernels = load_kernels()
-    except BackendUnavailableError:
+    except KernelsNotBuiltError:
         return None
-    name = manifest.backends["native"]["weights"]
+    except BackendUnavailableError as error:
+        raise ExportError(f"cannot check the engine: {error}") from error
+    name = manifest.backends[NATIVE]["weights"]
     tokens = probe.mask.astype(bool)
     options: dict[str, Any] = {"hidden_states": True}
     if manifest.heads.mlm:

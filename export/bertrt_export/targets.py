@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Final
 
 from bertrt.architecture import BertArchitecture
+from bertrt.backends import native
 from bertrt.errors import ExportError
 from bertrt.manifest import Precision
 from bertrt_export.native import native_problem
 
-NATIVE: Final = "native"
+NATIVE: Final = native.NAME
 ONNXRUNTIME: Final = "onnxruntime"
 # Those that can compute in a precision, best first.
 TARGETS: Final[dict[Precision, tuple[str, ...]]] = {

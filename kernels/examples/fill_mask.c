@@ -1,11 +1,14 @@
 /* Runs an engine folder from C: the best ids and their log-probabilities at each mask, and what the other heads say.
  *
- *   fill_mask FOLDER [ID...]
+ *   fill_mask FOLDER MASK_ID ID...
  *
- * Without ids it runs "[CLS] the [MASK] . [SEP]" of the usual English vocabularies as far as the model has such ids.
+ * MASK_ID is the id of [MASK] in the model's vocabulary: 4 in the demo's, 103 in that of bert-base-cased. The demo on
+ * "He opened the [MASK].":
+ *   fill_mask demo-engine 4 2 476 1825 340 4 18 3
  * Build it with:
  *   cc fill_mask.c -I"$(python -c 'import bertrt; print(bertrt.get_include())')" \
- *      -L"$LIB" -Wl,-rpath,"$LIB" -lbertrt       where LIB is what bertrt.get_library_dir() returns
+ *      -L"$LIB" -Wl,-rpath,"$LIB" -lbertrt -lm -o fill_mask
+ * where LIB is what bertrt.get_library_dir() returns.
  *
  * Text to ids is a tokenizer's business: the folder's tokenizer.json has a vocabulary for one. */
 #include <errno.h>
@@ -16,9 +19,7 @@
 
 #include "bertrt.h"
 
-enum { TOP = 5, MASK = 103 }; /* 103 is [MASK] in the vocabularies of bert-base-cased and -uncased */
-
-static const int32_t DEFAULT_IDS[] = {101, 1103, MASK, 119, 102};
+enum { TOP = 5 };
 
 static int read_ids(int count, char** texts, int32_t* ids) {
   for (int i = 0; i < count; ++i) {
@@ -44,7 +45,7 @@ static void* array(size_t count, size_t size) {
   return memory;
 }
 
-static int answer(const bertrt_engine* engine, const int32_t* ids, int64_t tokens) {
+static int answer(const bertrt_engine* engine, int32_t mask, const int32_t* ids, int64_t tokens) {
   bertrt_error error;
   bertrt_architecture sizes = BERTRT_ARCHITECTURE_INIT;
   if (bertrt_get_architecture(engine, &sizes, &error) != BERTRT_OK) {
@@ -72,7 +73,7 @@ static int answer(const bertrt_engine* engine, const int32_t* ids, int64_t token
   if (sizes.has_nsp) request.nsp_logits = nsp_logits;
   if (sizes.has_mlm) {
     for (int64_t i = 0; i < tokens; ++i) {
-      if (ids[i] == MASK) positions[request.mlm_count++] = i;
+      if (ids[i] == mask) positions[request.mlm_count++] = i;
     }
     request.mlm_positions = positions;
     request.top_k = TOP;
@@ -109,21 +110,16 @@ static int answer(const bertrt_engine* engine, const int32_t* ids, int64_t token
 }
 
 int main(int argc, char** argv) {
-  if (argc < 2) {
-    fprintf(stderr, "usage: %s FOLDER [ID...]\n", argv[0]);
+  if (argc < 4) {
+    fprintf(stderr, "usage: %s FOLDER MASK_ID ID...\n", argv[0]);
     return 2;
   }
-  int32_t* given = NULL;
-  const int32_t* ids = DEFAULT_IDS;
-  int64_t tokens = (int64_t)(sizeof DEFAULT_IDS / sizeof DEFAULT_IDS[0]);
-  if (argc > 2) {
-    tokens = argc - 2;
-    given = array((size_t)tokens, sizeof *given);
-    if (!read_ids(argc - 2, argv + 2, given)) {
-      free(given);
-      return 2;
-    }
-    ids = given;
+  /* The first one is the mask's. */
+  const int count = argc - 2;
+  int32_t* const ids = array((size_t)count, sizeof *ids);
+  if (!read_ids(count, argv + 2, ids)) {
+    free(ids);
+    return 2;
   }
 
   bertrt_error error;
@@ -133,9 +129,9 @@ int main(int argc, char** argv) {
     fprintf(stderr, "%s\n", error.message);
   } else {
     printf("bertrt %s, %s, %" PRId32 " threads\n", bertrt_version(), bertrt_isa(engine), bertrt_threads(engine));
-    result = answer(engine, ids, tokens);
+    result = answer(engine, ids[0], ids + 1, count - 1);
     bertrt_close(engine);
   }
-  free(given);
+  free(ids);
   return result;
 }

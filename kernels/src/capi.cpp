@@ -5,6 +5,7 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <string_view>
 #include <system_error>
 
 #include "../include/bertrt.h"
@@ -26,14 +27,15 @@ constexpr const char* kWeights = "model.bertrt";
 
 // Copies what fits, and no half of a UTF-8 character.
 template <size_t N>
-void copy_text(char (&to)[N], const std::string& text) {
+void copy_text(char (&to)[N], std::string_view text) {
   size_t length = std::min(text.size(), N - 1);
   while (length > 0 && length < text.size() && (static_cast<unsigned char>(text[length]) & 0xc0) == 0x80) --length;
   std::memcpy(to, text.data(), length);
   std::memset(to + length, 0, N - length);
 }
 
-bertrt_status report(bertrt_error* error, bertrt_status status, const std::string& message) {
+// Allocates nothing: it may be called because there is no memory.
+bertrt_status report(bertrt_error* error, bertrt_status status, std::string_view message) noexcept {
   if (error != nullptr) {
     error->status = status;
     copy_text(error->message, message);
@@ -50,12 +52,7 @@ bertrt_status guarded(bertrt_error* error, Body body) noexcept {
   } catch (const Error& thrown) {
     return report(error, static_cast<bertrt_status>(thrown.code()), thrown.what());
   } catch (const std::bad_alloc&) {
-    // A message this short needs no memory of its own.
-    if (error != nullptr) {
-      error->status = BERTRT_OUT_OF_MEMORY;
-      std::memcpy(error->message, "out of memory", sizeof("out of memory"));
-    }
-    return BERTRT_OUT_OF_MEMORY;
+    return report(error, BERTRT_OUT_OF_MEMORY, "out of memory");
   } catch (const std::exception& thrown) {
     return report(error, BERTRT_SYSTEM, thrown.what());
   }
@@ -104,7 +101,9 @@ std::string find_weights(const char* folder) {
                 "'" + path.string() + "' is not an engine folder but a file; give the folder");
   }
   const fs::path weights = path / kWeights;
-  if (!fs::exists(weights, failure)) {
+  const bool found = fs::exists(weights, failure);
+  if (failure) throw Error(ErrorCode::kSystem, "cannot look into '" + path.string() + "': " + failure.message());
+  if (!found) {
     const bool engine = fs::exists(path / "engine.json", failure);
     throw Error(ErrorCode::kNotFound,
                 engine ? "the engine in '" + path.string() + "' has no weights for the native backend (" + kWeights +

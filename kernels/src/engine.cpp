@@ -286,11 +286,48 @@ struct Engine::State {
   bool pin = false;
   mutable Memory memory;
 
-  void run(const Batch& batch, const Request& request) const;
+  void run(const Batch& given, const Request& wanted) const;
 };
 
-void Engine::State::run(const Batch& batch, const Request& request) const {
+// Copies of the arrays of a checked batch and request that the kernels index by: another thread of the caller may write to
+// its own in the meantime. What was copied is checked again.
+struct Inputs {
+  std::vector<int32_t> ids, segments;
+  std::vector<int64_t> offsets, positions, candidates;
+  Batch batch;
+  Request request;
+
+  Inputs(const Batch& given, const Request& wanted) : batch(given), request(wanted) {
+    if (given.tokens > 0) {
+      batch.ids = copy(given.ids, static_cast<size_t>(given.tokens), ids);
+      batch.segments = copy(given.segments, static_cast<size_t>(given.tokens), segments);
+    }
+    if (given.sequences > 0) batch.offsets = copy(given.offsets, static_cast<size_t>(given.sequences) + 1, offsets);
+    if (wanted.mlm_count > 0) {
+      const size_t count = static_cast<size_t>(wanted.mlm_count);
+      request.mlm_positions = copy(wanted.mlm_positions, count, positions);
+      if (wanted.candidate_count > 0) {
+        request.candidates =
+            copy(wanted.candidates, times(count, static_cast<size_t>(wanted.candidate_count)), candidates);
+      }
+    }
+  }
+
+ private:
+  template <class T>
+  static const T* copy(const T* from, size_t count, std::vector<T>& to) {
+    if (from == nullptr) return nullptr;
+    to.assign(from, from + count);
+    return to.data();
+  }
+};
+
+void Engine::State::run(const Batch& given, const Request& wanted) const {
   const Model& model = weights->model();
+  check(model.architecture, given, wanted);
+  const Inputs inputs(given, wanted);
+  const Batch& batch = inputs.batch;
+  const Request& request = inputs.request;
   check(model.architecture, batch, request);
   const Parts parts(request);
   if (!parts.states && !parts.mlm && !parts.pool) return;

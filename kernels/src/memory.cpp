@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -61,8 +62,9 @@ Memory::Block::Block(Memory& memory, size_t bytes) : memory_(memory), data_(null
   bytes_ = bytes_of(block);
   data_ = static_cast<char*>(block) + kAlignment;
 #if BERTRT_POISON
-  // All bits set is NaN in every floating-point type: what reads memory that nobody has written gives itself away.
-  std::memset(data_, 0xff, bytes);
+  // NaN as bfloat16 and as float32, also after rounding from one to the other: what reads memory that nobody has written
+  // gives itself away.
+  std::fill_n(reinterpret_cast<uint16_t*>(data_), bytes / sizeof(uint16_t), uint16_t{0x7fc1});
 #endif
 }
 

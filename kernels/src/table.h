@@ -68,16 +68,18 @@ struct ThreadBuffers {
   void* probabilities;
   void* block;          // kGroupBlocks blocks [32][32] of int32 or float32
   float* row;           // one row in float32, padded
-  float* logits;        // [kHeadRows][kDecodeColumns]
+  float* logits;        // [kHeadRows][kLogitStride]
 };
 
 // Blocks of sums that wait in memory while the inner dimension of a long row is cut into parts.
-inline constexpr int kGroupBlocks = 16;
+inline constexpr int kGroupBlocks = 8;
 
 // Rows of the masked-LM head that are computed together.
 inline constexpr int kHeadRows = 64;
 // Columns of the vocabulary in one task of the decoder; fixed, so that sums do not depend on the number of threads.
 inline constexpr int kDecodeColumns = 512;
+// From row to row of a task's logits; a multiple of 2 KB would put all rows into the same cache sets.
+inline constexpr int kLogitStride = kDecodeColumns + 16;
 
 struct MlmBlock {
   const void* rows;              // storage type, tiled, `count` rows from a multiple of 16

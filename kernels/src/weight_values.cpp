@@ -72,4 +72,26 @@ Int8Problem check_int8(const void* panels, size_t panel_count, size_t steps, siz
   return Int8Problem::kNone;
 }
 
+bool are_panels_padded(const void* panels, size_t size, size_t panel_count, size_t steps, size_t outputs,
+                       size_t inputs) {
+  const auto* bytes = static_cast<const unsigned char*>(panels);
+  const size_t group = 4 / size, step_inputs = 16 * group;
+  for (size_t panel = 0; panel < panel_count; ++panel) {
+    const bool last_panel = (panel + 1) * 32 > outputs;
+    // Only the last panel and the last step have padding.
+    for (size_t step = last_panel ? 0 : steps - 1; step < steps; ++step) {
+      const unsigned char* tiles = bytes + (panel * steps + step) * 2048;
+      for (size_t i = 0; i < 2048 / size; ++i) {
+        const size_t output = panel * 32 + i / (256 * group) * 16 + i / group % 16;
+        const size_t input = step * step_inputs + i / (16 * group) % 16 * group + i % group;
+        if (output < outputs && input < inputs) continue;
+        for (size_t byte = 0; byte < size; ++byte) {
+          if (tiles[i * size + byte] != 0) return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
 }  // namespace bertrt

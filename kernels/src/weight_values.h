@@ -16,6 +16,9 @@ bool is_padded_with_zeros(const void* values, size_t rows, size_t columns, size_
 // All of them finite and above zero.
 bool are_scales(const float* values, size_t count);
 
+// Panels (model.h) of elements of `size` bytes hold zeros beyond `outputs` and `inputs`.
+bool are_panels_padded(const void* panels, size_t size, size_t panel_count, size_t steps, size_t outputs, size_t inputs);
+
 enum class Int8Problem { kNone, kRange, kSums };
 
 // Panels of int8 (model.h): no value is -128, and the sum of each of `outputs` is the one in `sums`.

@@ -69,6 +69,10 @@ class Reader {
       matrix.sums = static_cast<const int32_t*>(tensor(name + ".sums", Dtype::kInt32, kLayoutRows, 1, outputs));
       if (verify_) check_int8_values(name, matrix);
     }
+    if (verify_ && !are_panels_padded(matrix.panels, element_bytes(dtype), matrix.panel_count, matrix.steps, outputs,
+                                      inputs)) {
+      throw problem(name, "is not padded with zeros");
+    }
     if (has_bias) matrix.bias = vector(name + ".bias", outputs);
     return matrix;
   }

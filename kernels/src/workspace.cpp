@@ -78,7 +78,7 @@ ThreadBuffers carve_thread(const Architecture& sizes, int64_t longest, Carver& c
   buffers.probabilities = carver.take(32 * length, sizeof(float));
   buffers.block = carver.take(kGroupBlocks, 32 * 32 * sizeof(float));
   buffers.row = static_cast<float*>(carver.take(up(sizes.hidden, 64) + 64, sizeof(float)));
-  buffers.logits = static_cast<float*>(carver.take(kHeadRows, kDecodeColumns * sizeof(float)));
+  buffers.logits = static_cast<float*>(carver.take(kHeadRows, kLogitStride * sizeof(float)));
   return buffers;
 }
 

@@ -22,6 +22,7 @@ from bertrt_bench.cases import TASKS, Case, Question, SpecialIds, make_question
 from bertrt_bench.contestants import ENGINE, RIVALS, Setup
 from bertrt_bench.contestants.engine import EngineContestant
 from bertrt_bench.contestants.onnxruntime import join_projections
+from bertrt_bench.contestants.openvino import check_precision, import_openvino
 from bertrt_bench.measure import measure
 from bertrt_bench.options import BenchOptions
 from bertrt_bench.process import ContestantProcess
@@ -121,12 +122,29 @@ def ask(demo_engine, tmp_path: Path) -> Callable[..., dict[str, np.ndarray]]:
     ("rival", "precision"), [("openvino", "bf16"), ("openvino", "int8"), ("onnxruntime", "int8")]
 )
 def test_a_lower_precision_is_one(demo_engine, ask, rival: str, precision: str) -> None:
+    if precision == "bf16":
+        capable = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if "BF16" not in capable:
+            pytest.skip("OpenVINO has no bf16 on this processor")
     case = Case.mix("features", [40, 9, 128])
     asked = question(demo_engine(), case)
     exact, coarse = ask("torch", case, "fp32", asked), ask(rival, case, precision, asked)
     found = agreement.compare(case, precision, coarse, exact)
     # Far above float32's noise, or the hint or the quantisation went unheard.
     assert 1e-3 < found.error < found.tolerance
+
+
+def test_a_precision_that_openvino_does_not_follow() -> None:
+    openvino = import_openvino()
+
+    class Compiled:
+        def get_property(self, name: str) -> object:
+            assert name == "INFERENCE_PRECISION_HINT"
+            return openvino.Type.f32
+
+    check_precision(Compiled(), "f32")
+    with pytest.raises(MeasurementError, match="OpenVINO computes in f32 on this processor, not in bf16"):
+        check_precision(Compiled(), "bf16")
 
 
 @pytest.mark.parametrize("fault", ["segments", "positions", "padding", "layer"])

@@ -218,6 +218,15 @@ def test_doctor_names_an_instruction_set_that_cannot_be_used(
     assert "in use" not in text
 
 
+def test_doctor_names_a_variable_that_is_neither_0_nor_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kernels: ModuleType
+) -> None:
+    monkeypatch.setenv("BERTRT_PIN_THREADS", "2")
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^ +native +1\.2\.3 +BERTRT_PIN_THREADS must be 0 or 1, got '2'", text, re.MULTILINE)
+
+
 def test_doctor_says_why_and_what_to_do(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,5 +243,6 @@ def test_doctor_says_why_and_what_to_do(
     assert main(["doctor"]) == 1  # nothing can run
     text = capsys.readouterr().out
     assert re.search(r"^ +abacus +- +no beads; buy some$", text, re.MULTILINE)
-    assert re.search(r'^ +torch +- +pip install "bertrt\[torch\]"$', text, re.MULTILINE)
+    for module, extra in {"torch": "torch", "openvino": "bench", "nncf": "bench"}.items():
+        assert re.search(rf'^ +{module} +- +pip install "bertrt\[{extra}\]"$', text, re.MULTILINE)
     assert "set BERTRT_CACHE" in text

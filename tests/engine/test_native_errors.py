@@ -178,6 +178,25 @@ def test_failures_have_names(
     assert issubclass(WeightFileError, EngineFolderError)
 
 
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        ("not_found", "; copy the folder again or export it anew"),
+        ("out_of_memory", "; ask for less at once (token_budget), or run where there is more memory"),
+        ("bad_file", ""),
+        ("system", ""),
+    ],
+)
+def test_the_advice_is_that_of_the_code(
+    code: str, advice: str, folder: EngineFolder, kernels: ModuleType
+) -> None:
+    # A name may have any character.
+    kernels.fails_to_load = kernels.Error("'a;b/model.bertrt' is in the way", code)
+    with pytest.raises(BertRTError) as caught:
+        NativeBackend(folder)
+    assert str(caught.value).endswith(f": 'a;b/model.bertrt' is in the way{advice}")
+
+
 def test_memory_that_cannot_be_had(backend: NativeBackend, folder: EngineFolder, kernels: ModuleType) -> None:
     """The answers' arrays are made before the kernels run, and fail in their own way."""
     kernels.fails_to_run = MemoryError()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import sys
@@ -61,26 +62,51 @@ def test_without_kernels_onnxruntime_takes_over_and_the_reason_is_kept(
     assert (status.name, status.available, status.version) == ("native", False, None)
     assert "installed with BERTRT_KERNELS=OFF" in status.reason
     assert "GCC 12 or Clang 15" in status.reason
+    assert not status.blocked
     with pytest.raises(BackendUnavailableError, match=r"native: the native kernels are not built"):
         create_backend("native", opened)
 
 
-def test_kernels_that_do_not_load_are_not_called_missing(
-    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(name: str) -> ModuleType:
-        raise ImportError("libstdc++.so.6: version `GLIBCXX_9' not found")
+@pytest.fixture
+def broken_kernels(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that are there, but cannot be loaded."""
+    load = importlib.import_module
 
-    monkeypatch.setattr("bertrt.backends.native.importlib.import_module", broken)
+    def load_others(name: str) -> ModuleType:
+        if name == "bertrt._native":
+            raise ImportError("libstdc++.so.6: version `GLIBCXX_9' not found")
+        return load(name)
+
+    monkeypatch.setattr("bertrt.backends.native.importlib.import_module", load_others)
+
+
+@pytest.mark.usefixtures("broken_kernels")
+def test_kernels_that_do_not_load_are_not_called_missing() -> None:
     status = backend_status()[0]
-    assert not status.available
+    assert (status.available, status.blocked) == (False, True)
     assert "built but do not load (libstdc++.so.6: version" in status.reason
+
+
+@pytest.mark.usefixtures("broken_kernels")
+@pytest.mark.parametrize("name", [None, "native"])
+def test_kernels_that_do_not_load_are_not_passed_over(folder: Path, name: str | None) -> None:
+    with pytest.raises(BackendUnavailableError, match="native: .* built but do not load .*GLIBCXX_9"):
+        create_backend(name, EngineFolder.open(folder))
+
+
+@pytest.mark.usefixtures("broken_kernels")
+def test_kernels_that_do_not_load_concern_nobody_else(folder: Path) -> None:
+    assert create_backend("onnxruntime", EngineFolder.open(folder), 1).name == "onnxruntime"
+    assert create_backend(None, keep_only(folder, "onnxruntime"), 1).name == "onnxruntime"
 
 
 def test_the_engine_decides_too(folder: Path, kernels: ModuleType) -> None:
     opened = keep_only(folder, "onnxruntime")
     assert create_backend(None, opened, 1).name == "onnxruntime"
-    with pytest.raises(BackendUnavailableError, match="native: .* has files for onnxruntime only"):
+    with pytest.raises(
+        BackendUnavailableError,
+        match="native: .* has files for onnxruntime only.; export the engine again with --backend native",
+    ):
         create_backend("native", opened)
 
 
@@ -89,11 +115,19 @@ def test_nobody_can_and_each_says_why(
 ) -> None:
     opened = EngineFolder.open(folder)
     nobody = keep_only(folder)
-    with pytest.raises(BackendUnavailableError, match="native: .*not built.*; onnxruntime: .* has none"):
+    with pytest.raises(
+        BackendUnavailableError,
+        match="native: .*not built.*; onnxruntime: .* has none.; export .* again with --backend onnxruntime$",
+    ):
         create_backend(None, nobody)
+    with pytest.raises(
+        BackendUnavailableError, match="install what native needs and export the engine again"
+    ):
+        create_backend("native", nobody)
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        BackendUnavailableError, match=r"native: .*; onnxruntime: .*pip install \"bertrt\[ort\]\""
+        BackendUnavailableError,
+        match=r"native: .*; onnxruntime: .*pip install \"bertrt\[ort\]\".; install what native or onnxruntime needs$",
     ):
         create_backend(None, opened)
 
@@ -128,7 +162,7 @@ class TestAnInstructionSetThatTheProcessorLacks:
         status = backend_status()[0]
         reason = "BERTRT_ISA=huge cannot be used: the processor lacks it"
         assert status == BackendStatus(
-            name="native", available=False, version="1.2.3", reason=reason, overridden=True
+            name="native", available=False, version="1.2.3", reason=reason, blocked=True
         )
 
     @pytest.mark.parametrize("name", [None, "native"])
@@ -145,6 +179,17 @@ class TestAnInstructionSetThatTheProcessorLacks:
         assert backend_status()[0].isa == "plain"
         backend: Any = create_backend(None, EngineFolder.open(folder))
         assert backend.isa == "plain"
+
+
+def test_a_wish_for_pinned_threads_that_means_nothing(
+    folder: Path, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BERTRT_PIN_THREADS", "2")
+    status = backend_status()[0]
+    assert (status.available, status.blocked) == (False, True)
+    assert status.reason.startswith("BERTRT_PIN_THREADS must be 0 or 1, got '2'")
+    with pytest.raises(BackendUnavailableError, match="native: BERTRT_PIN_THREADS must be 0 or 1"):
+        create_backend(None, EngineFolder.open(folder))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import bertrt_export.selfcheck as selfcheck
-from bertrt.errors import BackendUnavailableError, ExportError
+from bertrt.errors import BackendUnavailableError, ExportError, KernelsNotBuiltError
 from bertrt_export.checkpoints import open_checkpoint
 from bertrt_export.exporter import export_engine
 
@@ -131,9 +131,24 @@ def test_without_kernels(
     small_bert: Any, save_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing() -> None:
-        raise BackendUnavailableError("the native kernels are not built")
+        raise KernelsNotBuiltError("the native kernels are not built")
 
     monkeypatch.setattr(selfcheck, "load_kernels", missing)
     with open_checkpoint(save_checkpoint(small_bert())) as checkpoint:
         export_engine(checkpoint, tmp_path / "engine", precision="bf16")
     assert (tmp_path / "engine" / "model.bertrt").is_file()
+
+
+def test_kernels_that_do_not_load(
+    small_bert: Any, save_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise BackendUnavailableError("the native kernels are built but do not load")
+
+    monkeypatch.setattr(selfcheck, "load_kernels", broken)
+    with (
+        open_checkpoint(save_checkpoint(small_bert())) as checkpoint,
+        pytest.raises(ExportError, match="cannot check the engine: .* built but do not load"),
+    ):
+        export_engine(checkpoint, tmp_path / "engine", precision="bf16")
+    assert list(tmp_path.iterdir()) == []

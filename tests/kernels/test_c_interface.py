@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
+import re
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ import numpy as np
 import pytest
 
 import bertrt
+from bertrt.tokenization import WordPieceTokenizer
 
 native = pytest.importorskip("bertrt._native", reason="the native kernels are not built")
 
@@ -158,7 +163,8 @@ def example(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_the_example_answers_as_the_engine_does(example: Path, folder: Path) -> None:
-    done = subprocess.run([example, folder, *map(str, IDS)], capture_output=True, text=True)
+    mask_id = 103
+    done = subprocess.run([example, folder, str(mask_id), *map(str, IDS)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     threads = native.Engine(str(folder / "model.bertrt")).threads
     masks = np.array([1, 3])
@@ -185,13 +191,40 @@ def test_the_example_answers_as_the_engine_does(example: Path, folder: Path) -> 
     )
 
 
+def test_the_examples_own_command(folder: Path, tmp_path: Path) -> None:
+    """What it says of itself: how it is built, and what it is asked."""
+    if shutil.which("cc") is None:
+        pytest.skip("there is no C compiler (cc)")
+    text = (ROOT / "kernels" / "examples" / "fill_mask.c").read_text(encoding="utf-8")
+    build = re.search(r"^ \*   (cc .*?)\n \* where", text, re.MULTILINE | re.DOTALL)
+    asked = re.search(r"^ \*   fill_mask demo-engine ([\d ]+)$", text, re.MULTILINE)
+    assert build
+    assert asked
+    line = build[1].replace("\\\n *", " ")
+    line = line.replace("$(python ", f"$({shlex.quote(sys.executable)} ")
+    line = line.replace("fill_mask.c", shlex.quote(str(ROOT / "kernels" / "examples" / "fill_mask.c")))
+    environment = {**os.environ, "LIB": bertrt.get_library_dir()}
+    subprocess.run(["sh", "-c", line], cwd=tmp_path, env=environment, check=True)
+    arguments = asked[1].split()
+    done = subprocess.run(
+        [tmp_path / "fill_mask", folder, *arguments], capture_output=True, text=True, check=True
+    )
+    tokenizer = WordPieceTokenizer.from_folder(folder)
+    assert arguments[0] == str(tokenizer.mask_id)
+    [[window]] = tokenizer.encode(["He opened the [MASK]."], max_length=16)
+    assert arguments[1:] == [str(token) for token in window.input_ids]
+    assert f"mask at {window.input_ids.tolist().index(tokenizer.mask_id)}\n" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         ([], 2, "usage:"),
-        (["/nowhere"], 1, "there is no engine folder '/nowhere'"),
-        (["FOLDER", "12", "x"], 2, "'x' is not a token id"),
-        (["FOLDER", "12", "8192"], 1, "input_ids[1] is 8192, but must be from 0 to 8191"),
+        (["FOLDER", "4"], 2, "usage:"),
+        (["/nowhere", "4", "1"], 1, "there is no engine folder '/nowhere'"),
+        (["FOLDER", "4", "12", "x"], 2, "'x' is not a token id"),
+        (["FOLDER", "x", "12"], 2, "'x' is not a token id"),
+        (["FOLDER", "4", "12", "8192"], 1, "input_ids[1] is 8192, but must be from 0 to 8191"),
     ],
 )
 def test_the_example_says_what_is_wrong(

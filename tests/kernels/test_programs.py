@@ -19,19 +19,23 @@ PROGRAMS = [path.stem for path in sorted((ROOT / "kernels" / "tests").glob("test
 HARNESSES = [path.stem for path in sorted((ROOT / "kernels" / "fuzz").glob("fuzz_*.cpp"))]
 
 
-def run(*command: str | Path) -> None:
+def start(*command: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
     # The tools that pip has installed lie beside the interpreter.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     tool = shutil.which(command[0], path=path)
     if tool is None:
         pytest.skip(f"there is no {command[0]}")
-    done = subprocess.run(
+    return subprocess.run(
         [tool, *command[1:]],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PATH": path},
+        env={**os.environ, "PATH": path, **variables},
     )
+
+
+def run(*command: str | Path) -> None:
+    done = start(*command)
     assert done.returncode == 0, done.stdout
 
 
@@ -46,3 +50,25 @@ def programs() -> Path:
 @pytest.mark.parametrize("name", [*PROGRAMS, *HARNESSES])
 def test_program(programs: Path, name: str) -> None:
     run("ctest", "--test-dir", programs, "--no-tests=error", "--output-on-failure", "-R", f"^{name}$")
+
+
+OLD = '#!/bin/sh\nexec g++ -U__GNUC__ -D__GNUC__=11 -U__GNUC_MINOR__ -D__GNUC_MINOR__=4 "$@"\n'
+
+
+@pytest.mark.parametrize(("program", "problem"), [(None, "no C++ compiler was found"), (OLD, "is GNU 11.4")])
+def test_a_compiler_that_will_not_do(tmp_path: Path, program: str | None, problem: str) -> None:
+    """It is said what is needed, and another one is taken the next time."""
+    compiler, build = tmp_path / "c++-11", tmp_path / "build"
+    if program is not None:
+        if shutil.which("g++") is None:
+            pytest.skip("there is no GCC (g++)")
+        compiler.write_text(program, encoding="utf-8")
+        compiler.chmod(0o755)
+    configure = ("cmake", "-S", ROOT / "kernels", "-B", build, "-G", "Ninja", "-DBERTRT_PYTHON=OFF")
+    done = start(*configure, CXX=str(compiler))
+    assert done.returncode != 0
+    said = " ".join(done.stdout.split())
+    assert problem in said
+    assert "the native kernels need GCC 12 or Clang 15, or later ones" in said
+    assert "-C cmake.define.BERTRT_KERNELS=OFF" in said
+    run(*configure)

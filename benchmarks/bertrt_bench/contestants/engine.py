@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bertrt.backends.base import Backend, Wanted
+from bertrt.backends.native import NAME as NATIVE
 from bertrt.backends.native import load_kernels
 from bertrt.backends.registry import backend_status, create_backend
 from bertrt.batching import DEFAULT_TOKEN_BUDGET
@@ -53,7 +54,7 @@ class EngineContestant:
 
     def peak(self) -> float | None:
         """Operations per second that one core reaches at best; ``None`` for a backend that is not our own."""
-        if self._backend.name != "native":
+        if self._backend.name != NATIVE:
             return None
         kind = "int8" if self._folder.manifest.precision == "int8" else "float"
         return float(load_kernels().peak(kind))

@@ -52,7 +52,7 @@ class OnnxRuntimeContestant:
             output: npt.NDArray[Any] = session.run(None, block.feeds())[0]
             return output
 
-        budget, _ = fastest_budget(question, forward)
+        budget = fastest_budget(question, forward)
         self.details.update(told_of(question, budget))
         return padded_run(question, forward, token_budget=budget, rank=best_tokens, tokenizer=self._tokenizer)
 

@@ -160,15 +160,23 @@ def cut(question: Question, *, token_budget: int | None, pads: bool = True) -> l
     return [_part(question, sequences) for sequences in plan]
 
 
-def fastest_budget(question: Question, forward: Forward) -> tuple[int, float]:
-    """The tokens of a block with which a question is answered fastest, and how many tokens a second that is.
+def fastest_budget(question: Question, forward: Forward) -> int:
+    """The tokens of a block with which a question is answered fastest; nothing is run where there is no choice."""
+    budgets = _budgets(question)
+    if len(budgets) == 1:
+        return budgets[0]
+    return max(measure_budgets(question, forward).items(), key=lambda pair: pair[1])[0]
+
+
+def measure_budgets(question: Question, forward: Forward) -> dict[int, float]:
+    """How many tokens a second are answered with each number of tokens in a block.
 
     Small blocks have less padding, large ones keep the processor busier. Of the blocks that each budget makes,
     some are run, spread evenly over the lengths: once to warm up, and as often again as `_TRIALS` says. Where
     all sequences have one length there is one block, whatever the budget.
     """
     chosen: dict[int, list[Block]] = {}
-    for budget in TOKEN_BUDGETS if question.case.lengths is not None else TOKEN_BUDGETS[:1]:
+    for budget in _budgets(question):
         parts = cut(question, token_budget=budget)
         count = max(2, -(-_TRIAL_TOKENS * len(parts) // question.case.tokens))
         some = np.unique(np.linspace(0, len(parts) - 1, min(count, len(parts))).astype(int))
@@ -182,11 +190,10 @@ def fastest_budget(question: Question, forward: Forward) -> tuple[int, float]:
                 forward(block)
             if trial:
                 seconds[budget] = min(seconds[budget], time.perf_counter() - start)
-    rates = {
+    return {
         budget: sum(block.part.tokens.num_tokens for block in blocks) / seconds[budget]
         for budget, blocks in chosen.items()
     }
-    return max(rates.items(), key=lambda pair: pair[1])
 
 
 def told_of(question: Question, token_budget: int) -> dict[str, str]:
@@ -253,6 +260,10 @@ def best_tokens(logits: _Array) -> Answer:
         "log_probs": np.take_along_axis(log_probs, ids, axis=1),
         "all_log_probs": log_probs,
     }
+
+
+def _budgets(question: Question) -> tuple[int, ...]:
+    return TOKEN_BUDGETS if question.case.lengths is not None else TOKEN_BUDGETS[:1]
 
 
 def _size(question: Question) -> int:

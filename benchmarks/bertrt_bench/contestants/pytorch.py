@@ -75,7 +75,7 @@ class TorchContestant:
                 "all_log_probs": log_probs.numpy(),
             }
 
-        budget, _ = fastest_budget(question, forward)
+        budget = fastest_budget(question, forward)
         self.details.update(told_of(question, budget))
         return padded_run(question, forward, token_budget=budget, rank=rank, tokenizer=self._tokenizer)
 

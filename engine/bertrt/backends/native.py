@@ -22,6 +22,7 @@ from bertrt.errors import (
     BertRTError,
     EngineClosedError,
     InputError,
+    KernelsNotBuiltError,
     ManifestError,
     MissingFileError,
     MissingHeadError,
@@ -167,15 +168,16 @@ def load_kernels() -> ModuleType:
     """The module of the kernels, ``bertrt._native``.
 
     Raises:
-        BackendUnavailableError: it is not built, or does not load; says what to do.
+        KernelsNotBuiltError: it is not built; says what to do.
+        BackendUnavailableError: it is built, but does not load.
     """
     try:
         return importlib.import_module(_MODULE)
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == _MODULE:
-            raise BackendUnavailableError(
-                "the native kernels are not built: bertrt was installed with BERTRT_KERNELS=OFF, or where no "
-                "compiler was found; install it again where there is GCC 12 or Clang 15, or later ones"
+            raise KernelsNotBuiltError(
+                "the native kernels are not built: bertrt was installed with BERTRT_KERNELS=OFF; "
+                "install it again without, where there is GCC 12 or Clang 15, or later ones"
             ) from error
         raise BackendUnavailableError(
             f"the native kernels are built but do not load ({error}); install bertrt again on this machine"
@@ -264,11 +266,11 @@ def _check_architecture(found: Mapping[str, int | float | str | bool], manifest:
 def _error(error: BaseException, doing: str) -> BertRTError:
     """The error of ours that says what a failure of the kernels means."""
     code = "out_of_memory" if isinstance(error, MemoryError) else getattr(error, "code", "system")
+    # What the kernels' own messages cannot know. Of a bad file they say themselves what to do.
     advice = {
-        "bad_file": "; export the engine again",
         "not_found": "; copy the folder again or export it anew",
         "out_of_memory": "; ask for less at once (token_budget), or run where there is more memory",
     }.get(code, "")
-    # The kernels' messages name the file, and most end with advice; a MemoryError says nothing.
+    # A MemoryError says nothing.
     reason = str(error).rstrip(".") or "not enough memory"
-    return _ERRORS.get(code, BackendRunError)(f"{doing}: {reason}{'' if ';' in reason else advice}")
+    return _ERRORS.get(code, BackendRunError)(f"{doing}: {reason}{advice}")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bertrt.backends import native
 from bertrt.backends.base import Backend
-from bertrt.errors import BackendUnavailableError, InputError
+from bertrt.errors import BackendUnavailableError, InputError, KernelsNotBuiltError
 from bertrt.folder import EngineFolder
 
 # No machine of today has more processors; a larger number is a slip, and would start as many threads.
 _MOST_THREADS = 4096
+# Not from its module, which loads the library.
+_ONNXRUNTIME = "onnxruntime"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +28,9 @@ class BackendStatus:
         version: of the library beneath, if it is there.
         reason: why it is not available and what to install, else an empty string.
         isa: the instruction set of its kernels, where it chooses one itself.
-        overridden: whether it would be available but for what the user asked of it through the environment.
-            That is never a reason to take another backend instead.
+        blocked: whether it is there, but something is in its way that can be put right: kernels that do not
+            load, or what the user asked of it through the environment. That is never a reason to take another
+            backend instead.
     """
 
     name: str
@@ -35,7 +38,7 @@ class BackendStatus:
     version: str | None
     reason: str = ""
     isa: str | None = None
-    overridden: bool = False
+    blocked: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,20 +72,21 @@ def create_backend(
     Raises:
         InputError: ``threads`` is less than 1.
         BackendUnavailableError: the named backend cannot run here, or the folder has no files for it. Also the
-            best one when it cannot run because of a variable that the user has set for it (``BERTRT_ISA``):
-            another one instead would not be what was asked for.
+            best one when it is there but does not load, or cannot do what a variable asks of it
+            (``BERTRT_ISA``, ``BERTRT_PIN_THREADS``): another one instead would be a surprise.
         BackendRunError, EngineFolderError: the backend cannot load the engine.
     """
     if name is not None and name not in _BACKENDS:
         raise BackendUnavailableError(f"there is no backend {name!r}; there are {', '.join(_BACKENDS)}")
     if threads is not None and (type(threads) is not int or not 1 <= threads <= _MOST_THREADS):
         raise InputError(f"threads must be a whole number from 1 to {_MOST_THREADS}, got {threads!r}")
-    reasons = []
-    for candidate in [name] if name else list(_BACKENDS):
+    reasons, able = [], []
+    candidates = [name] if name else list(_BACKENDS)
+    for candidate in candidates:
         status = _BACKENDS[candidate].status()
         held_here = candidate in folder.manifest.backends
         if not status.available:
-            if status.overridden and held_here:
+            if status.blocked and held_here:
                 raise BackendUnavailableError(f"{candidate}: {status.reason}")
             reasons.append(f"{candidate}: {status.reason}")
         elif not held_here:
@@ -92,38 +96,42 @@ def create_backend(
                 else "none"
             )
             reasons.append(f"{candidate}: of the files that it needs the engine folder has {held}")
+            able.append(candidate)
         else:
             if verify:
                 folder.check(hashes=folder.manifest.backends[candidate].values())
             return _BACKENDS[candidate].create(folder, threads)
-    raise BackendUnavailableError(f"no backend can run this engine here ({'; '.join(reasons)})")
+    lacking = [candidate for candidate in candidates if candidate in folder.manifest.backends]
+    advice = [f"install what {' or '.join(lacking)} needs"] if lacking else []
+    advice += [f"export the engine again with --backend {' or '.join(able)}"] if able else []
+    advice = advice or [f"install what {' or '.join(candidates)} needs and export the engine again for it"]
+    raise BackendUnavailableError(
+        f"no backend can run this engine here ({'; '.join(reasons)}); {', or '.join(advice)}"
+    )
 
 
 def _native_status() -> BackendStatus:
-    # Imported here: `bertrt --help` and the like need none of it.
-    from bertrt.backends import native
-
     name = native.NAME
     try:
         version = str(native.load_kernels().__version__)
     except BackendUnavailableError as error:
-        return BackendStatus(name=name, available=False, version=None, reason=str(error))
+        built = not isinstance(error, KernelsNotBuiltError)
+        return BackendStatus(name=name, available=False, version=None, reason=str(error), blocked=built)
     try:
         isa = native.active_isa()
-    except BackendUnavailableError as error:
-        # The portable kernels run anywhere, so it is the variable that stands in the way.
-        return BackendStatus(name=name, available=False, version=version, reason=str(error), overridden=True)
+        native.pins_threads()
+    except (BackendUnavailableError, InputError) as error:
+        # The portable kernels run anywhere, so it is a variable that stands in the way.
+        return BackendStatus(name=name, available=False, version=version, reason=str(error), blocked=True)
     return BackendStatus(name=name, available=True, version=version, isa=isa)
 
 
 def _create_native(folder: EngineFolder, threads: int | None) -> Backend:
-    from bertrt.backends.native import NativeBackend
-
-    return NativeBackend(folder, threads=threads)
+    return native.NativeBackend(folder, threads=threads)
 
 
 def _onnxruntime_status() -> BackendStatus:
-    name = "onnxruntime"
+    name = _ONNXRUNTIME
     if importlib.util.find_spec(name) is None:
         reason = 'onnxruntime is not installed; pip install "bertrt[ort]"'
         return BackendStatus(name=name, available=False, version=None, reason=reason)
@@ -143,6 +151,6 @@ def _create_onnxruntime(folder: EngineFolder, threads: int | None) -> Backend:
 
 
 _BACKENDS: dict[str, _Entry] = {
-    "native": _Entry(status=_native_status, create=_create_native),
-    "onnxruntime": _Entry(status=_onnxruntime_status, create=_create_onnxruntime),
+    native.NAME: _Entry(status=_native_status, create=_create_native),
+    _ONNXRUNTIME: _Entry(status=_onnxruntime_status, create=_create_onnxruntime),
 }

@@ -11,6 +11,8 @@ EXTRA_OF_MODULE: Final = {
     "onnx": "export",
     "torch": "torch",
     "transformers": "torch",
+    "nncf": "bench",
+    "openvino": "bench",
 }
 
 

@@ -152,17 +152,18 @@ void attend(const char* qkv, size_t stride, size_t next, int length, int begin, 
   alignas(64) float totals[32];
   const Rows queries = row_major(qkv, stride);
   const Rows weights = tiled(probabilities, length_steps);
+  Ahead nothing{};
   for (int first = begin; first < end; first += 32) {
     const int rows = end - first < 32 ? end - first : 32;
     for (int panel = 0; panel < key_panels; ++panel) {
       product_block<Product>(queries, first, rows, keys + static_cast<size_t>(panel) * depth_steps * 2048, depth_steps,
                              nullptr, reinterpret_cast<char*>(scratch.scores + panel * 32),
-                             score_stride * sizeof(float));
+                             score_stride * sizeof(float), nothing);
     }
     soften<T>(scratch.scores, score_stride, rows, length, factor, probabilities, length_steps, totals);
     for (int panel = 0; panel < depth / 32; ++panel) {
       product_block<Product>(weights, 0, rows, values + static_cast<size_t>(panel) * length_steps * 2048, length_steps,
-                             nullptr, block, kBlockStride);
+                             nullptr, block, kBlockStride, nothing);
       for (int r = 0; r < rows; ++r) {
         const F by = set(1.0f / totals[r]);
         char* row = to.at(to_row + first + r);

@@ -130,7 +130,7 @@ class MlmHead {
     const int first = task * kDecodeColumns;
     const int columns = sizes_.vocab - first < kDecodeColumns ? sizes_.vocab - first : kDecodeColumns;
     const int first_panel = first / 32, panels = (columns + 31) / 32;
-    const Rows logits = row_major(scratch_.logits, kDecodeColumns * sizeof(float));
+    const Rows logits = row_major(scratch_.logits, kLogitStride * sizeof(float));
     if (w.dtype == Dtype::kInt8) {
       const StorePieces<float, true, After::kNothing, true> out{
           logits, {buffers_.chunk.row_scale, w.scale, w.bias}, first_panel};
@@ -143,7 +143,7 @@ class MlmHead {
           1, 0, scratch_.block, out);
     }
     for (int row = 0; row < block_.count; ++row) {
-      const float* values = scratch_.logits + static_cast<int64_t>(row) * kDecodeColumns;
+      const float* values = scratch_.logits + static_cast<int64_t>(row) * kLogitStride;
       if (block_.logits != nullptr) {
         __builtin_memcpy(block_.logits + static_cast<int64_t>(row) * sizes_.vocab + first, values,
                          static_cast<size_t>(columns) * sizeof(float));

@@ -42,7 +42,7 @@ inline constexpr bool kOnTiles<TilesBf16> = true;
 // One block: rows row0 .. row0 + rows (at most 32, row0 a multiple of 16) with one panel.
 template <class Product>
 inline void product_block(const Rows& a, int64_t row0, int rows, const char* panel, int steps, const int32_t* init,
-                          char* c, size_t c_stride, Ahead ahead = {nullptr, 0}) {
+                          char* c, size_t c_stride, Ahead& ahead) {
 #if BERTRT_HAS_AMX
   if constexpr (kOnTiles<Product>) {
     if (rows > 16) {
@@ -87,19 +87,15 @@ void multiply(const Rows& a, int64_t rows, const Matrix& w, int32_t offset, Rang
     const int64_t last = first + (part.end - at) < blocks ? first + (part.end - at) : blocks;
     const char* b = static_cast<const char*>(w.panels) + static_cast<size_t>(panel) * panel_bytes;
     const int32_t* init = initial_sums(w, panel, offset, init_memory);
-    // The next panel is touched while this one is worked on, in as many steps as that takes at full speed.
+    // The next panel is touched while this one is worked on.
     const bool more = at + (last - first) < part.end;
     const int64_t first_row = first * kBlockRows, last_row = last * kBlockRows < rows ? last * kBlockRows : rows;
-    const int64_t groups = ((last_row - first_row) / Product::kRows + 1) * kPasses;
-    const int lines = static_cast<int>((32 + groups - 1) / groups);
-    const char* next = b + panel_bytes;
-    const char* end = next + panel_bytes;
+    const int64_t turns = (last_row - first_row + Product::kRows - 1) / Product::kRows * kPasses;
+    Ahead ahead{b + panel_bytes, b + panel_bytes * (more ? 2 : 1), static_cast<int>((32 + turns - 1) / turns)};
     for (int64_t block = first; block < last; ++block) {
       const int64_t row0 = block * kBlockRows;
       const int count = static_cast<int>(rows - row0 < kBlockRows ? rows - row0 : kBlockRows);
-      const bool touch = more && next < end;
-      product_block<Product>(a, row0, count, b, w.steps, init, scratch, kBlockStride, Ahead{next, touch ? lines : 0});
-      next += static_cast<size_t>(count / Product::kRows * kPasses * w.steps) * lines * 64;
+      product_block<Product>(a, row0, count, b, w.steps, init, scratch, kBlockStride, ahead);
       out(panel, row0, 0, count, scratch);
     }
     at += last - first;
@@ -150,7 +146,8 @@ void multiply_tiles(const Rows& a, int64_t rows, const Matrix& w, int32_t offset
     // Lines of the next panel spread over this panel's steps.
     const int64_t turns = (last - first) * w.steps;
     meanwhile.lines = static_cast<int>((static_cast<int64_t>(w.steps) * 32 + turns - 1) / turns);
-    if (parts == 1) {
+    // A panel that is used once need not stay in the cache.
+    if (parts == 1 || last - first == 1) {
       for (int64_t block = first; block < last; ++block) {
         const int64_t row0 = block * kBlockRows;
         const int count = static_cast<int>(rows - row0 < kBlockRows ? rows - row0 : kBlockRows);
@@ -188,6 +185,7 @@ void multiply_tiles(const Rows& a, int64_t rows, const Matrix& w, int32_t offset
             meanwhile.steps = end - begin;
             const size_t done = static_cast<size_t>((block - first) * w.steps + begin);
             meanwhile.ahead = more ? b + panel_bytes + done * meanwhile.lines * 64 : nullptr;
+            // In the last part the epilogue of the block before runs among this block's tile operations.
             if (count > 16) {
               tile_product<Product, true>(a.at(row0) + skip, a.at(row0 + 16) + skip, a.row, a.piece, tile, end - begin,
                                           init, piece != 0, c, kBlockStride, meanwhile);
@@ -195,9 +193,17 @@ void multiply_tiles(const Rows& a, int64_t rows, const Matrix& w, int32_t offset
               tile_product<Product, false>(a.at(row0) + skip, nullptr, a.row, a.piece, tile, end - begin, init,
                                            piece != 0, c, kBlockStride, meanwhile);
             }
-            if (piece == parts - 1) out(panel, row0, 0, count, c);
+            if (piece == parts - 1) {
+              meanwhile.panel = panel;
+              meanwhile.row0 = row0;
+              meanwhile.rows = count;
+              meanwhile.sums = c;
+            }
           }
         }
+        // The next group's sums go to the same memory.
+        out(meanwhile.panel, meanwhile.row0, 0, meanwhile.rows, meanwhile.sums);
+        meanwhile.rows = 0;
       }
     }
     at += last - first;

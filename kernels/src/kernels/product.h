@@ -32,10 +32,11 @@ inline constexpr int kRowsTogether = Dot::kRows;
 // Memory that will be read next, touched a few lines at each step, so that it waits in the L2 cache.
 struct Ahead {
   const char* next;
-  int lines;  // of 64 bytes in each step; 0: nothing to touch
+  const char* end;
+  int lines;  // of 64 bytes in each step
 
   inline void touch() {
-    for (int i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+    for (int i = 0; i < lines && next < end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
   }
 };
 
