@@ -103,7 +103,8 @@ class ChunkEncoder {
   // Output of a product in rows `to`, with what follows it.
   template <class Out, After kAfter>
   void product(const Matrix& w, const Rows& storage_input, const void* bytes, const Steps& steps, const Rows& to) {
-    constexpr bool kExact = sizeof(Storage) == 4;
+    // A polynomial's error is below an int8 step, but not below a small bfloat16's last bit.
+    constexpr bool kExact = !kInt8;
     if constexpr (kInt8) {
       const StorePieces<Out, true, kAfter, kExact> out{to, {buffers_.row_scale, w.scale, w.bias}};
       multiply_part<Int8Product>(tiled(bytes, w.steps), chunk_.rows, w, offset_of(steps), 0, w.panel_count, size_, rank_,

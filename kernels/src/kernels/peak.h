@@ -17,11 +17,18 @@ __attribute__((noinline)) int64_t peak_of(int64_t rounds, int per_word) {
   for (int i = 0; i < kPeakSums; ++i) sums[i] = Dot::start(nullptr);
   const auto w = Dot::weights(b);
   for (int64_t round = 0; round < rounds; ++round) {
-    // Loaded each time, or the compiler would multiply once and only add.
+    // Loaded each time, and another for each sum where a dot takes several instructions, or the compiler would multiply
+    // once and only add.
     __asm__ volatile("" : : "r"(a) : "memory");
-    const auto x = Dot::broadcast(a);
+    const auto same = Dot::broadcast(a);
 #pragma GCC unroll 12
-    for (int i = 0; i < kPeakSums; ++i) sums[i] = Dot::add(sums[i], x, w);
+    for (int i = 0; i < kPeakSums; ++i) {
+      if constexpr (kWidth == 16) {
+        sums[i] = Dot::add(sums[i], same, w);
+      } else {
+        sums[i] = Dot::add(sums[i], Dot::broadcast(a + 4 * i), w);
+      }
+    }
   }
 #pragma GCC unroll 12
   for (int i = 0; i < kPeakSums; ++i) {
