@@ -10,9 +10,11 @@ import pytest
 import torch
 import transformers
 
+from bertrt.backends import cuda
 from bertrt_export.checkpoints import open_checkpoint
 from bertrt_export.exporter import export_engine
 
+_NO_GPU = "needs an NVIDIA GPU: "
 # No size is a power of two or a multiple of another, so that a swapped axis shows.
 SMALL = {
     "vocab_size": 97,
@@ -23,6 +25,22 @@ SMALL = {
     "max_position_embeddings": 50,
     "type_vocab_size": 2,
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, with what is missing as the reason."""
+    needy = [item for item in items if item.get_closest_marker("gpu")]
+    problem = cuda.problem() if needy else None
+    for item in needy if problem else ():
+        item.add_marker(pytest.mark.skip(reason=f"{_NO_GPU}{problem}"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count what needs a GPU."""
+    skipped = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    count = sum(_NO_GPU in reason for reason in skipped)
+    if count:
+        terminalreporter.write_line(f"{count} tests that need an NVIDIA GPU were skipped: {cuda.problem()}")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -87,5 +105,21 @@ def demo_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
                 export_engine(checkpoint, out, precision=precision, dialect=dialect)
             engines[key] = out
         return engines[key]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def gpu_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that exports the demo checkpoint for GPUs, once for each precision; do not change it."""
+    engines: dict[str, Path] = {}
+
+    def export(precision: str) -> Path:
+        if precision not in engines:
+            out = tmp_path_factory.mktemp("engines") / f"demo-{precision}-tensorrt"
+            with open_checkpoint("demo") as checkpoint:
+                export_engine(checkpoint, out, precision=precision, target="tensorrt")
+            engines[precision] = out
+        return engines[precision]
 
     return export

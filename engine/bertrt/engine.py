@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, cast, overload
+from typing import Any, Literal, Self, cast, overload
 
 from bertrt.architecture import BertArchitecture
 from bertrt.backends.base import Backend, Float32
+from bertrt.backends.placement import Placement, Provider
 from bertrt.batching import DEFAULT_TOKEN_BUDGET
 from bertrt.errors import EngineClosedError, InputError, ManifestError, ShapeMismatchError
 from bertrt.folder import EngineFolder, load_whole
@@ -89,6 +90,8 @@ class Engine:
         threads: int | None = None,
         verify: bool = True,
         token_budget: int = DEFAULT_TOKEN_BUDGET,
+        provider: Provider | None = None,
+        devices: Iterable[int] | None = None,
     ) -> Self:
         """Open an engine folder.
 
@@ -103,8 +106,13 @@ class Engine:
                 of other backends are left alone; `bertrt info --verify` compares them all.
             token_budget: the most tokens of one batch, padding included where the backend pads; less needs
                 less memory.
+            provider: of the backend ``onnxruntime``: ``"cpu"``, ``"cuda"`` or ``"tensorrt"``; ``None`` takes the
+                best that works here.
+            devices: GPUs by the driver's numbers, such as ``[0, 1]``: one worker each, and batches are spread over
+                them; ``None`` takes the first where the backend computes on GPUs.
 
         Raises:
+            InputError: an option is out of range, or does not suit the backend.
             EngineFolderError: the folder is not there, or cannot be trusted; each violation has its class.
                 Also one that is replaced again and again.
             TokenizerError: its tokenizer cannot be read.
@@ -116,15 +124,19 @@ class Engine:
         from bertrt.builtin import resolve
 
         token_budget = check_integer(token_budget, name="token_budget")
+        # Read once, as a folder that is replaced while it loads is loaded again.
+        gpus = Placement.make(threads=threads, provider=provider, devices=devices).devices
         return load_whole(
             resolve(path, verify=verify),
-            lambda folder: cls._of_folder(folder, backend, threads, token_budget, verify),
+            lambda folder: cls._of_folder(
+                folder, backend, token_budget, threads=threads, provider=provider, devices=gpus, verify=verify
+            ),
             discard=cls.close,
         )
 
     @classmethod
     def _of_folder(
-        cls, folder: EngineFolder, backend: str | None, threads: int | None, token_budget: int, verify: bool
+        cls, folder: EngineFolder, backend: str | None, token_budget: int, *, verify: bool, **placement: Any
     ) -> Self:
         # Imported when an engine is loaded: it looks for the backends' libraries.
         from bertrt.backends.registry import create_backend
@@ -136,7 +148,7 @@ class Engine:
         if verify:
             folder.check(hashes=[name for name in TOKENIZER_FILES if name in folder.manifest.files])
         tokenizer = WordPieceTokenizer.from_folder(folder.path, folder.manifest.files)
-        running = create_backend(backend, folder, threads, verify=verify)
+        running = create_backend(backend, folder, verify=verify, **placement)
         try:
             return cls(
                 backend=running,

@@ -19,12 +19,16 @@ The hierarchy (each class's docstring says when it is raised)::
     │   ├── MissingFileError
     │   ├── HashMismatchError
     │   ├── ShapeMismatchError
-    │   └── WeightFileError
+    │   ├── WeightFileError
+    │   └── PlanMismatchError
     ├── TokenizerError                      tokenizer files that are missing, corrupt or not WordPiece
     ├── BackendError
     │   ├── BackendUnavailableError
     │   │   └── KernelsNotBuiltError
     │   └── BackendRunError
+    │       └── DeviceError
+    │           ├── DeviceMemoryError
+    │           └── DeviceLostError
     ├── CheckpointError                     the source of an export is not a BERT that we know
     │   ├── CheckpointNotFoundError
     │   ├── DownloadError
@@ -35,6 +39,8 @@ The hierarchy (each class's docstring says when it is raised)::
     │   ├── TensorShapeError
     │   └── NonFiniteWeightsError
     ├── ExportError                         the engine folder could not be built or written
+    │   ├── CalibrationError
+    │   └── PlanBuildError
     ├── ReferenceUnavailableError           the PyTorch reference of a comparison cannot run
     └── MeasurementError                    a benchmark could not be run
         └── AnswersDisagreeError            its contestants do not answer the same
@@ -125,6 +131,10 @@ class WeightFileError(EngineFolderError):
     """The native backend's weight file is corrupt, truncated, of another version, or no weight file at all."""
 
 
+class PlanMismatchError(EngineFolderError):
+    """A TensorRT plan is of another library or release, or for other GPUs; the message says how to rebuild it."""
+
+
 class TokenizerError(BertRTError):
     """Tokenizer files that are missing, corrupt, or not a BERT WordPiece tokenizer."""
 
@@ -143,6 +153,18 @@ class KernelsNotBuiltError(BackendUnavailableError):
 
 class BackendRunError(BackendError):
     """A backend failed while it loaded or ran a model; the cause is chained."""
+
+
+class DeviceError(BackendRunError):
+    """A GPU refused or failed; the engine stays usable unless it is a `DeviceLostError`."""
+
+
+class DeviceMemoryError(DeviceError):
+    """A GPU has not enough free memory."""
+
+
+class DeviceLostError(DeviceError):
+    """A GPU failed in a way that only a new process mends; the engine has been closed."""
 
 
 class CheckpointError(BertRTError):
@@ -183,6 +205,14 @@ class NonFiniteWeightsError(CheckpointError):
 
 class ExportError(BertRTError):
     """An engine folder could not be built or written; nothing was left behind."""
+
+
+class CalibrationError(ExportError):
+    """The scales of the activations could not be found from the text that was given."""
+
+
+class PlanBuildError(ExportError):
+    """TensorRT could not read a graph, or build a plan of it; the message names the node where one is known."""
 
 
 class ReferenceUnavailableError(BertRTError):

@@ -11,11 +11,13 @@ from typing import Any, Literal, get_args
 
 from bertrt.architecture import BertArchitecture
 from bertrt.errors import ManifestError, UnsafePathError, UnsupportedVersionError
+from bertrt.plans import Plan
 
 FORMAT = "bertrt-engine"
 FORMAT_VERSION = 1
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+Target = Literal["cpu", "tensorrt"]
 Dialect = Literal["ort", "onnx"]
 SourceKind = Literal["demo", "folder", "hub", "random"]
 
@@ -69,11 +71,15 @@ class Manifest:
         dialect: of the graphs: ``ort`` (ONNX Runtime's fused operators) or ``onnx`` (standard operators only);
             ``None`` in a folder without graphs.
         heads: which heads there are.
-        backends: for each backend the files that it reads, by role.
+        target: what the folder is made for: ``cpu``, or ``tensorrt``, whose graphs say the type of every value and
+            come in parts (see `bertrt.backends.parts`).
+        backends: for each backend the files that it reads, by role; none for ``tensorrt`` before its plan is built.
         files: every file of the folder but ``engine.json`` itself and the drift reports.
         graph: what the builder counted: fused nodes, quantised products; empty in a folder without graphs.
         versions: of the packages that built the folder.
         drift: the summary of the last drift measurement, or ``None``.
+        calibration: how the scales of the activations were found, and the scales, or ``None`` where there are none.
+        plan: what is known about the TensorRT plan, or ``None`` before it is built.
     """
 
     source: Source
@@ -83,9 +89,12 @@ class Manifest:
     heads: Heads
     backends: Mapping[str, Mapping[str, str]]
     files: Mapping[str, FileRecord]
+    target: Target = "cpu"
     graph: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     drift: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
+    plan: Plan | None = None
 
     @property
     def latency_only(self) -> bool:
@@ -104,6 +113,7 @@ class Manifest:
             "latency_only": self.latency_only,
             "source": {name: getattr(self.source, name) for name in Source.__slots__},
             "architecture": self.architecture.to_json(),
+            "target": self.target,
             "precision": self.precision,
             "dialect": self.dialect,
             "heads": {name: getattr(self.heads, name) for name in Heads.__slots__},
@@ -115,6 +125,8 @@ class Manifest:
             "graph": dict(self.graph),
             "versions": dict(self.versions),
             "drift": self.drift,
+            "calibration": None if self.calibration is None else dict(self.calibration),
+            "plan": self.plan.to_json() if self.plan else None,
         }
         return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -172,12 +184,16 @@ class Manifest:
             dialect=None
             if value.get("dialect", "") is None
             else _choice(value, "dialect", get_args(Dialect)),
+            # Folders of releases that knew no other target do not name it.
+            target=_choice(value, "target", get_args(Target)) if "target" in value else "cpu",
             heads=Heads(**{name: _get(heads, name, bool, "heads") for name in Heads.__slots__}),
             backends=backends,
             files=files,
             graph=_get(value, "graph", dict),
             versions=_get(value, "versions", dict),
             drift=_optional(value, "drift", dict),
+            calibration=_optional(value, "calibration", dict),
+            plan=None if value.get("plan") is None else Plan.from_json(value["plan"]),
         )
 
 

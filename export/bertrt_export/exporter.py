@@ -9,15 +9,19 @@ from pathlib import Path
 
 import onnx
 
+from bertrt.backends.parts import ENCODER, parts_of
+from bertrt.backends.registry import ONNXRUNTIME, TENSORRT
 from bertrt.errors import ExportError
 from bertrt.folder import MANIFEST_NAME, record_files, write_folder
-from bertrt.manifest import Dialect, Manifest, Precision
+from bertrt.manifest import Dialect, Manifest, Precision, Target
+from bertrt_export.calibration import Calibration, calibrate, default_text
 from bertrt_export.checkpoints import Checkpoint
 from bertrt_export.graph.emitter import WEIGHTS_NAME, WeightFile, count_operators
 from bertrt_export.graph.model import build_graph
+from bertrt_export.graph.parts import Scales, build_parts, build_typed_standard
 from bertrt_export.native import write_weight_file
 from bertrt_export.selfcheck import check_engine
-from bertrt_export.targets import NATIVE, ONNXRUNTIME, choose_targets
+from bertrt_export.targets import NATIVE, choose_targets
 
 NATIVE_WEIGHTS = "model.bertrt"
 STANDARD_GRAPH = "model.onnx"
@@ -33,6 +37,8 @@ _NOTABLE = (
     "Gelu",
     "MatMulIntegerToFloat",
     "MatMulInteger",
+    "QuantizeLinear",
+    "DequantizeLinear",
     "MatMul",
     "Gemm",
 )
@@ -44,8 +50,10 @@ def export_engine(
     out: Path,
     *,
     precision: Precision = "int8",
-    dialect: Dialect = "ort",
+    target: Target = "cpu",
+    dialect: Dialect | None = None,
     backends: Sequence[str] | None = None,
+    calibration: Calibration | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Build an engine from a checkpoint, check it, and put it at ``out``, whole or not at all.
@@ -56,28 +64,46 @@ def export_engine(
         checkpoint: an open checkpoint.
         out: the engine folder to make.
         precision: of the matrix products.
-        dialect: of the graphs: ``ort`` for ONNX Runtime's fused operators, ``onnx`` for standard operators only.
+        target: ``cpu``, or ``tensorrt``: graphs in parts with a type for every value, for TensorRT and for ONNX
+            Runtime on a GPU. `bertrt_export.plans.build_plans` makes plans of them.
+        dialect: of the graphs for CPUs: ``ort`` (default) for ONNX Runtime's fused operators, ``onnx`` for standard
+            operators only, which those of target ``tensorrt`` always have.
         backends: whose files the folder shall hold; by default those of all that can run the model in this
             precision.
+        calibration: scales of the activations, for ``int8`` and ``fp8`` of target ``tensorrt``; by default found
+            with the built-in text, or with random tokens for random weights.
         overwrite: replace an engine folder that is there.
 
     Returns:
         The manifest of the new engine.
 
     Raises:
-        ExportError: ``out`` exists or cannot be written, a backend cannot run the model in this precision, or
-            the engine failed its own check.
+        ExportError: ``out`` exists or cannot be written, a backend cannot run the model in this precision, an
+            option does not suit the target, or the engine failed its own check.
         CheckpointError: a tensor is missing, has the wrong shape or is not finite.
     """
-    targets = choose_targets(precision, checkpoint.architecture, backends)
+    targets = choose_targets(precision, checkpoint.architecture, backends, target)
+    quantizes = target == "tensorrt" and precision in {"int8", "fp8"}
+    if target == "tensorrt" and dialect == "ort":
+        raise ExportError("target tensorrt has standard operators only; leave the dialect out, or take onnx")
+    if calibration is not None and not quantizes:
+        raise ExportError("calibration is for int8 and fp8 of target tensorrt only; leave it out")
+    if quantizes and calibration is None:
+        calibration = calibrate(checkpoint, default_text(checkpoint), precision=precision)
     with write_folder(out, overwrite=overwrite) as folder:
         files: dict[str, dict[str, str]] = {}
         graphs: dict[str, onnx.ModelProto] = {}
         if NATIVE in targets:
             write_weight_file(checkpoint, folder / NATIVE_WEIGHTS, precision)
             files[NATIVE] = {"weights": NATIVE_WEIGHTS}
-        if ONNXRUNTIME in targets:
-            graphs = _write_graphs(checkpoint, folder, precision=precision, dialect=dialect)
+        if target == "tensorrt":
+            scales = calibration.scales if calibration else None
+            graphs = _write_parts(checkpoint, folder, precision=precision, scales=scales)
+            parts = {part: f"{part}.onnx" for part in parts_of(checkpoint.heads)}
+            # The plan is built later, on the machine or for the GPU that will run it.
+            files = {TENSORRT: {}, ONNXRUNTIME: {**parts, "weights": WEIGHTS_NAME}}
+        elif ONNXRUNTIME in targets:
+            graphs = _write_graphs(checkpoint, folder, precision=precision, dialect=dialect or "ort")
             files[ONNXRUNTIME] = {"graph": ENGINE_GRAPH, "weights": WEIGHTS_NAME}
         _write_json(folder / "config.json", checkpoint.config)
         (folder / "tokenizer.json").write_text(checkpoint.tokenizer.to_json(), encoding="utf-8")
@@ -86,12 +112,14 @@ def export_engine(
             source=checkpoint.source,
             architecture=checkpoint.architecture,
             precision=precision,
-            dialect=dialect if graphs else None,
+            target=target,
+            dialect=("onnx" if target == "tensorrt" else dialect or "ort") if graphs else None,
             heads=checkpoint.heads,
             backends=files,
             files=record_files(folder),
-            graph=_count(graphs[ENGINE_GRAPH]) if graphs else {},
+            graph=_count(graphs.get(ENGINE_GRAPH) or graphs[f"{ENCODER}.onnx"]) if graphs else {},
             versions={name: _version(name) for name in _BUILT_WITH},
+            calibration=calibration.to_json() if calibration else None,
         )
         (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         check_engine(folder, manifest, graphs)
@@ -111,6 +139,21 @@ def _write_graphs(
                 checkpoint, weights, precision=precision, dialect=dialect, interface="engine"
             ),
         }
+    finally:
+        weights.close()
+    for name, graph in graphs.items():
+        (folder / name).write_bytes(graph.SerializeToString(deterministic=True))
+    return graphs
+
+
+def _write_parts(
+    checkpoint: Checkpoint, folder: Path, *, precision: Precision, scales: Scales | None
+) -> dict[str, onnx.ModelProto]:
+    weights = WeightFile(folder / WEIGHTS_NAME)
+    try:
+        parts = build_parts(checkpoint, weights, precision=precision, scales=scales)
+        graphs = {f"{part}.onnx": graph.model for part, graph in parts.items()}
+        graphs[STANDARD_GRAPH] = build_typed_standard(checkpoint, weights, precision=precision, scales=scales)
     finally:
         weights.close()
     for name, graph in graphs.items():

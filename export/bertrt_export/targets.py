@@ -7,24 +7,27 @@ from typing import Final
 
 from bertrt.architecture import BertArchitecture
 from bertrt.backends import native
+from bertrt.backends.registry import ONNXRUNTIME, TENSORRT
 from bertrt.errors import ExportError
-from bertrt.manifest import Precision
+from bertrt.manifest import Precision, Target
 from bertrt_export.native import native_problem
 
 NATIVE: Final = native.NAME
-ONNXRUNTIME: Final = "onnxruntime"
-# Those that can compute in a precision, best first.
+# Those that can compute in a precision on a CPU, best first.
 TARGETS: Final[dict[Precision, tuple[str, ...]]] = {
     "fp32": (NATIVE, ONNXRUNTIME),
     "fp16": (ONNXRUNTIME,),
     "bf16": (NATIVE,),
     "int8": (NATIVE, ONNXRUNTIME),
+    "fp8": (),
 }
+# Those of the target tensorrt, whose graphs are the same in every precision.
+ON_GPU: Final = (TENSORRT, ONNXRUNTIME)
 NAMES: Final = (NATIVE, ONNXRUNTIME)
 
 
 def choose_targets(
-    precision: Precision, architecture: BertArchitecture, asked: Sequence[str] | None
+    precision: Precision, architecture: BertArchitecture, asked: Sequence[str] | None, target: Target = "cpu"
 ) -> tuple[str, ...]:
     """The backends to write files for, best first.
 
@@ -32,11 +35,23 @@ def choose_targets(
         precision: of the matrix products.
         architecture: the model's dimensions.
         asked: the backends that must be there; by default all that can run such a model in this precision.
+        target: ``cpu``, or ``tensorrt``, whose backends cannot be chosen: they share their files.
 
     Raises:
         ExportError: an unknown backend, none at all, or one that cannot run such a model in this precision.
     """
+    if target == "tensorrt":
+        if asked is not None:
+            raise ExportError(
+                f"with target tensorrt the folder is for {' and '.join(ON_GPU)}, which share its graphs; leave the "
+                "backends out"
+            )
+        return ON_GPU
     able = TARGETS[precision]
+    if not able:
+        raise ExportError(
+            f"no backend computes in {precision} on a CPU; export with target tensorrt, or in int8"
+        )
     if asked is None:
         targets = tuple(name for name in able if not target_problem(name, architecture))
         if not targets:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fake_machine as machine
 import numpy as np
 import pytest
 import torch
@@ -25,6 +26,7 @@ from bertrt.backends.base import BatchOutput, TokenBatch, Wanted, check_request
 from bertrt.cli import main
 from bertrt.engine import Engine
 from bertrt.errors import EngineClosedError
+from bertrt.folder import EngineFolder
 from bertrt.manifest import Heads
 from bertrt.tokenization import WordPieceTokenizer
 
@@ -238,6 +240,33 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.delenv("BERTRT_ISA", raising=False)
     monkeypatch.delenv("BERTRT_PIN_THREADS", raising=False)
     return module
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A machine with GPUs that compute on the CPU (``fakes/``), and that notices what CUDA forbids."""
+    fake = machine.install(monkeypatch)
+    yield fake
+    assert fake.violations == []
+
+
+@pytest.fixture(scope="session")
+def fake_plans(
+    gpu_engine: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., EngineFolder]:
+    """A function that gives the demo engine in float32 with plans for those GPUs; do not change it."""
+    made: dict[Any, EngineFolder] = {}
+
+    def make(library: str = "tensorrt", *, profiles: tuple[str, ...], most_mlm_rows: int) -> EngineFolder:
+        key = library, profiles, most_mlm_rows
+        if key not in made:
+            out = tmp_path_factory.mktemp("plans") / "engine"
+            made[key] = machine.fake_tensorrt.build_plans(
+                gpu_engine("fp32"), out, profiles, library=library, most_mlm_rows=most_mlm_rows
+            )
+        return made[key]
+
+    return make
 
 
 @pytest.fixture

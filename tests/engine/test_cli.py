@@ -22,7 +22,18 @@ from bertrt.cli.command import EXIT_BAD_INPUT, EXIT_CHECK_FAILED, EXIT_OK
 Plant = Callable[..., None]
 RunPython = Callable[..., "subprocess.CompletedProcess[str]"]
 
-ALL = {"export", "info", "fill-mask", "next-sentence", "features", "drift", "bench", "demo", "doctor"}
+ALL = {
+    "export",
+    "build",
+    "info",
+    "fill-mask",
+    "next-sentence",
+    "features",
+    "drift",
+    "bench",
+    "demo",
+    "doctor",
+}
 BUILT_IN = ["info", "fill-mask", "next-sentence", "features", "doctor"]
 
 PLUGIN = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,7 @@ from bertrt.cli.info import count_parameters
 from bertrt.engine import Engine
 from bertrt.folder import EngineFolder
 from bertrt.manifest import Heads, Manifest
+from bertrt.plans import Plan, Profile
 from bertrt_export.checkpoints import open_checkpoint
 from bertrt_export.exporter import export_engine
 
@@ -157,10 +159,15 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert main(["doctor", "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert value["machine"]["usable_cpus"] >= 1
-    native, onnxruntime = value["backends"]
+    native, tensorrt, onnxruntime = value["backends"]
     assert {"name": "onnxruntime", "available": True, "reason": ""}.items() <= onnxruntime.items()
     assert (native["name"], native["available"], native["isa"]) == ("native", False, None)
     assert "BERTRT_KERNELS=OFF" in native["reason"]
+    assert tensorrt["name"] == "tensorrt"
+    # What is missing for a GPU is said, or what there is.
+    assert bool(value["gpus"]["devices"]) == (value["gpus"]["problem"] is None)
+    assert [provider["name"] for provider in value["providers"]] == ["cpu", "cuda", "tensorrt"]
+    assert value["providers"][0]["problem"] is None
     assert value["kernels"] == []
     assert value["c_library"] == {"include": None, "library_dir": None, "problem": native["reason"]}
     assert value["cache"] == {"path": str(tmp_path), "engines": [], "problem": None}
@@ -246,3 +253,33 @@ def test_doctor_says_why_and_what_to_do(
     for module, extra in {"torch": "torch", "openvino": "bench", "nncf": "bench"}.items():
         assert re.search(rf'^ +{module} +- +pip install "bertrt\[{extra}\]"$', text, re.MULTILINE)
     assert "set BERTRT_CACHE" in text
+
+
+def test_info_tells_of_a_plan(
+    gpu_engine: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = EngineFolder.open(shutil.copytree(gpu_engine("int8"), tmp_path / "engine"))
+    assert main(["info", str(folder.path)]) == 0
+    text = capsys.readouterr().out
+    assert f"not built; run: bertrt build {folder.path}" in text
+    assert re.search(r"^ +method +max$", text, re.MULTILINE)
+    products = [{"name": "a", "operands": "int8"}, {"name": "b", "operands": "int8"}]
+    plan = Plan(
+        library="tensorrt",
+        version="11.4",
+        compute_capabilities=("8.9", "9.0"),
+        profiles=(Profile.parse("1x1..8x128..32x512"),),
+        mlm_rows=64,
+        report={"encoder": {"layers": 7, "fused_attention": 4, "products": products}, "odd": "else"},
+    )
+    folder.replace_manifest(dataclasses.replace(folder.manifest, plan=plan))
+    assert main(["info", str(folder.path)]) == 0
+    text = capsys.readouterr().out
+    for line in (
+        r"library +tensorrt 11\.4",
+        r"compute capability +8\.9, 9\.0",
+        r"profiles +1x1\.\.8x128\.\.32x512",
+        r"encoder +layers 7, fused attention 4, products in int8 2",
+        r"odd +else",
+    ):
+        assert re.search(rf"^ +{line}$", text, re.MULTILINE), line

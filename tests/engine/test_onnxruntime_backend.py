@@ -17,7 +17,8 @@ import torch
 import transformers
 
 from bertrt.backends.base import TokenBatch, Wanted
-from bertrt.backends.onnxruntime import session_options, split_by_length
+from bertrt.backends.onnxruntime.sessions import session_options
+from bertrt.backends.padded import BlockLimits, split_by_length
 from bertrt.backends.registry import create_backend
 from bertrt.errors import (
     BackendRunError,
@@ -111,7 +112,7 @@ def test_blocks_hold_every_sequence_once_and_little_padding() -> None:
         generator.integers(1, 513, 200),
         np.arange(512, 0, -1),
     ):
-        blocks = split_by_length(lengths.astype(np.int64))
+        blocks = split_by_length(lengths.astype(np.int64), BlockLimits(small=256))
         assert sorted(np.concatenate(blocks).tolist()) == list(range(len(lengths)))
         for block in blocks:
             padded = lengths[block].max() * len(block)
@@ -121,7 +122,7 @@ def test_blocks_hold_every_sequence_once_and_little_padding() -> None:
 def test_threads_default_to_the_processors_that_may_be_used(
     demo_engine: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bertrt.backends.onnxruntime.usable_cpus", lambda: 3)
+    monkeypatch.setattr("bertrt.backends.onnxruntime.backend.usable_cpus", lambda: 3)
     assert create_backend("onnxruntime", EngineFolder.open(demo_engine("int8"))).threads == 3
 
 

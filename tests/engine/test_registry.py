@@ -43,8 +43,8 @@ def flip_a_bit(path: Path) -> None:
 
 
 def test_the_native_one_comes_first(folder: Path, kernels: ModuleType) -> None:
-    assert backend_names() == ("native", "onnxruntime")
-    assert [status.name for status in backend_status()] == ["native", "onnxruntime"]
+    assert backend_names() == ("native", "tensorrt", "onnxruntime")
+    assert [status.name for status in backend_status()] == ["native", "tensorrt", "onnxruntime"]
     opened = EngineFolder.open(folder)
     for name, expected in {None: "native", "native": "native", "onnxruntime": "onnxruntime"}.items():
         backend = create_backend(name, opened, 3)
@@ -134,7 +134,9 @@ def test_nobody_can_and_each_says_why(
 
 def test_what_there_is_not(folder: Path) -> None:
     opened = EngineFolder.open(folder)
-    with pytest.raises(BackendUnavailableError, match="no backend 'nope'; there are native, onnxruntime"):
+    with pytest.raises(
+        BackendUnavailableError, match="no backend 'nope'; there are native, tensorrt, onnxruntime"
+    ):
         create_backend("nope", opened)
     for threads in (0, -1, True, 1.5, "2", 10**9):
         with pytest.raises(InputError, match="threads must be a whole number"):
@@ -145,7 +147,7 @@ def test_an_onnxruntime_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> N
     module = ModuleType("onnxruntime")
     module.__spec__ = sys.modules["onnxruntime"].__spec__ if "onnxruntime" in sys.modules else object()
     monkeypatch.setitem(sys.modules, "onnxruntime", module)  # without a version
-    status = backend_status()[1]
+    status = backend_status()[2]
     assert not status.available
     assert "is installed but does not load" in status.reason
 
@@ -201,9 +203,67 @@ def test_only_the_files_that_are_read_are_hashed(
 ) -> None:
     flip_a_bit(folder / spoilt)
     opened = EngineFolder.open(folder, verify=False)
-    for name in backend_names():
+    for name in opened.manifest.backends:
         if name == reader:
             with pytest.raises(HashMismatchError, match=f"'{spoilt}' .* is corrupt or was replaced"):
                 create_backend(name, opened, 1, verify=True)
         else:
             create_backend(name, opened, 1, verify=True).close()
+
+
+class TestPlacement:
+    """Providers and GPUs: what suits which backend, and what is refused before anything is loaded."""
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"threads": 0}, "threads must be a whole number from 1 to 4096, got 0"),
+            ({"provider": "rocm"}, "provider must be one of cpu, cuda, tensorrt, got 'rocm'"),
+            ({"devices": [-1]}, "devices are the driver's numbers of GPUs, from 0 to 63; got -1"),
+            ({"devices": [True]}, "got True"),
+            ({"devices": [0, 1, 0]}, r"devices names a GPU twice: \[0, 1, 0\]"),
+            ({"devices": "0,1"}, "devices must be a list of whole numbers"),
+            ({"devices": 0}, "devices must be a list of whole numbers"),
+            ({"devices": [0], "provider": "cpu"}, "devices are GPUs, and the provider cpu uses none"),
+        ],
+    )
+    def test_what_is_out_of_range(self, options: dict[str, Any], message: str, folder: Path) -> None:
+        with pytest.raises(InputError, match=message):
+            create_backend(None, EngineFolder.open(folder), **options)
+
+    @pytest.mark.usefixtures("kernels")
+    def test_what_does_not_suit_a_backend(self, folder: Path) -> None:
+        opened = EngineFolder.open(folder)
+        with pytest.raises(
+            InputError, match="a provider is the backend onnxruntime's; leave it out for native"
+        ):
+            create_backend("native", opened, provider="cpu")
+        with pytest.raises(InputError, match="leave it out for tensorrt"):
+            create_backend("tensorrt", opened, provider="tensorrt")
+        with pytest.raises(InputError, match="the backend native computes on processors"):
+            create_backend("native", opened, devices=[0])
+
+    @pytest.mark.usefixtures("kernels")
+    def test_a_provider_asks_for_onnxruntime(self, folder: Path) -> None:
+        assert create_backend(None, EngineFolder.open(folder), 1, provider="cpu").name == "onnxruntime"
+
+    def test_a_plan_that_is_not_built(
+        self, gpu_engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ready = BackendStatus(name="tensorrt", available=True, version="1")
+        monkeypatch.setitem(
+            registry._BACKENDS, "tensorrt", registry._Entry(status=lambda: ready, create=lambda *_: None)
+        )
+        folder = EngineFolder.open(gpu_engine("fp16"))
+        with pytest.raises(BackendUnavailableError, match=f"build it with: bertrt build {folder.path}"):
+            create_backend("tensorrt", folder)
+        # Without a name the next best takes over.
+        assert create_backend(None, folder, 1).name == "onnxruntime"
+
+    def test_a_folder_for_cpus_is_not_for_gpus(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        ready = BackendStatus(name="tensorrt", available=True, version="1")
+        monkeypatch.setitem(
+            registry._BACKENDS, "tensorrt", registry._Entry(status=lambda: ready, create=lambda *_: None)
+        )
+        with pytest.raises(BackendUnavailableError, match="export the engine again with --target tensorrt"):
+            create_backend("tensorrt", EngineFolder.open(folder))

@@ -17,7 +17,7 @@ import transformers
 
 from bertrt.backends.base import BatchOutput, TokenBatch, Wanted
 from bertrt.backends.native import active_isa
-from bertrt.backends.onnxruntime import OnnxRuntimeBackend
+from bertrt.backends.onnxruntime.backend import OnnxRuntimeBackend
 from bertrt.cli.command import EXIT_CHECK_FAILED, EXIT_OK
 from bertrt.errors import (
     BackendUnavailableError,

@@ -122,8 +122,8 @@ def test_divergence_is_never_negative_and_bounds_the_distance(seed: int, scale: 
     divergence = float(kl_divergence(p, q))
     assert divergence >= 0
     assert kl_divergence(p, p) == 0
-    # Pinsker's inequality ties the two distances together.
-    assert total_variation(p, q) <= math.sqrt(divergence / 2) + CLOSE
+    # Pinsker's inequality ties the two distances together; a divergence is a sum of float64 terms of at most 1.
+    assert total_variation(p, q) <= math.sqrt((divergence + 20 * 2**-53) / 2) + CLOSE
     assert total_variation(p, q) == pytest.approx(total_variation(q, p))
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from bertrt.backends import native
 from bertrt.backends.base import Backend
+from bertrt.backends.placement import Placement, Provider
 from bertrt.errors import BackendUnavailableError, InputError, KernelsNotBuiltError
 from bertrt.folder import EngineFolder
 
-# No machine of today has more processors; a larger number is a slip, and would start as many threads.
-_MOST_THREADS = 4096
-# Not from its module, which loads the library.
-_ONNXRUNTIME = "onnxruntime"
+# Not from their modules, which load the libraries.
+ONNXRUNTIME: Final = "onnxruntime"
+TENSORRT: Final = "tensorrt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,7 @@ class BackendStatus:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Entry:
     status: Callable[[], BackendStatus]
-    create: Callable[[EngineFolder, int | None], Backend]
+    create: Callable[[EngineFolder, Placement], Backend]
 
 
 def backend_status() -> list[BackendStatus]:
@@ -58,7 +59,13 @@ def backend_names() -> tuple[str, ...]:
 
 
 def create_backend(
-    name: str | None, folder: EngineFolder, threads: int | None = None, *, verify: bool = False
+    name: str | None,
+    folder: EngineFolder,
+    threads: int | None = None,
+    *,
+    provider: str | None = None,
+    devices: Iterable[int] | None = None,
+    verify: bool = False,
 ) -> Backend:
     """Make the backend of a name, or the best one that works here.
 
@@ -66,22 +73,37 @@ def create_backend(
         name: a backend, or ``None`` for the first one that is available and has its files in the folder.
         folder: the engine.
         threads: of each run; by default the CPUs that the process may use.
+        provider: of ONNX Runtime: ``cpu``, ``cuda`` or ``tensorrt``; by default the best that works here.
+        devices: GPUs by number, one worker each; by default the first.
         verify: first compare the SHA-256 of the files that the backend reads, for a folder that was opened
             without.
 
     Raises:
-        InputError: ``threads`` is less than 1.
+        InputError: threads, provider or devices are out of range, or do not suit the backend.
         BackendUnavailableError: the named backend cannot run here, or the folder has no files for it. Also the
             best one when it is there but does not load, or cannot do what a variable asks of it
             (``BERTRT_ISA``, ``BERTRT_PIN_THREADS``): another one instead would be a surprise.
         BackendRunError, EngineFolderError: the backend cannot load the engine.
     """
+    placement = Placement.make(threads=threads, provider=provider, devices=devices)
+    chosen = choose_backend(name, folder, placement)
+    if verify:
+        folder.check(hashes=folder.manifest.backends[chosen].values())
+    return _BACKENDS[chosen].create(folder, placement)
+
+
+def choose_backend(name: str | None, folder: EngineFolder, placement: Placement) -> str:
+    """Which backend `create_backend` makes.
+
+    Raises:
+        InputError, BackendUnavailableError: as `create_backend`.
+    """
     if name is not None and name not in _BACKENDS:
         raise BackendUnavailableError(f"there is no backend {name!r}; there are {', '.join(_BACKENDS)}")
-    if threads is not None and (type(threads) is not int or not 1 <= threads <= _MOST_THREADS):
-        raise InputError(f"threads must be a whole number from 1 to {_MOST_THREADS}, got {threads!r}")
+    if name is not None:
+        _check_placement(name, placement)
     reasons, able = [], []
-    candidates = [name] if name else list(_BACKENDS)
+    candidates = [name] if name else _suitable(placement)
     for candidate in candidates:
         status = _BACKENDS[candidate].status()
         held_here = candidate in folder.manifest.backends
@@ -97,17 +119,41 @@ def create_backend(
             )
             reasons.append(f"{candidate}: of the files that it needs the engine folder has {held}")
             able.append(candidate)
+        elif candidate == TENSORRT and folder.manifest.plan is None:
+            build = f"bertrt build {folder.path}"
+            reasons.append(f"{candidate}: the plan has not been built yet; build it with: {build}")
         else:
-            if verify:
-                folder.check(hashes=folder.manifest.backends[candidate].values())
-            return _BACKENDS[candidate].create(folder, threads)
+            return candidate
     lacking = [candidate for candidate in candidates if candidate in folder.manifest.backends]
     advice = [f"install what {' or '.join(lacking)} needs"] if lacking else []
-    advice += [f"export the engine again with --backend {' or '.join(able)}"] if able else []
+    advice += [_export_advice(able)] if able else []
     advice = advice or [f"install what {' or '.join(candidates)} needs and export the engine again for it"]
     raise BackendUnavailableError(
         f"no backend can run this engine here ({'; '.join(reasons)}); {', or '.join(advice)}"
     )
+
+
+def _export_advice(able: list[str]) -> str:
+    options = ["--target tensorrt"] if TENSORRT in able else []
+    names = [name for name in able if name != TENSORRT]
+    options += [f"--backend {' or '.join(names)}"] if names else []
+    return f"export the engine again with {' or '.join(options)}"
+
+
+def _suitable(placement: Placement) -> list[str]:
+    """The backends that can do what a placement asks for, best first."""
+    if placement.provider is not None:
+        return [ONNXRUNTIME]
+    return [TENSORRT, ONNXRUNTIME] if placement.devices else list(_BACKENDS)
+
+
+def _check_placement(name: str, placement: Placement) -> None:
+    if name != ONNXRUNTIME and placement.provider is not None:
+        raise InputError(f"a provider is the backend {ONNXRUNTIME}'s; leave it out for {name}")
+    if name == native.NAME and placement.devices:
+        raise InputError(
+            f"the backend {name} computes on processors; devices are for {TENSORRT} and {ONNXRUNTIME}"
+        )
 
 
 def _native_status() -> BackendStatus:
@@ -126,12 +172,29 @@ def _native_status() -> BackendStatus:
     return BackendStatus(name=name, available=True, version=version, isa=isa)
 
 
-def _create_native(folder: EngineFolder, threads: int | None) -> Backend:
-    return native.NativeBackend(folder, threads=threads)
+def _create_native(folder: EngineFolder, placement: Placement) -> Backend:
+    return native.NativeBackend(folder, threads=placement.threads)
+
+
+def _tensorrt_status() -> BackendStatus:
+    # Imported here, with all that speaks to a GPU.
+    from bertrt.backends import cuda
+    from bertrt.backends.tensorrt import library as trt_library
+
+    library = trt_library.library_problem()
+    version = None if library else trt_library.describe_library()
+    problems = [problem for problem in (library, cuda.problem()) if problem]
+    return BackendStatus(name=TENSORRT, available=not problems, version=version, reason="; ".join(problems))
+
+
+def _create_tensorrt(folder: EngineFolder, placement: Placement) -> Backend:
+    from bertrt.backends.tensorrt.backend import TensorRTBackend
+
+    return TensorRTBackend(folder, devices=placement.devices or (0,))
 
 
 def _onnxruntime_status() -> BackendStatus:
-    name = _ONNXRUNTIME
+    name = ONNXRUNTIME
     if importlib.util.find_spec(name) is None:
         reason = 'onnxruntime is not installed; pip install "bertrt[ort]"'
         return BackendStatus(name=name, available=False, version=None, reason=reason)
@@ -143,14 +206,33 @@ def _onnxruntime_status() -> BackendStatus:
     return BackendStatus(name=name, available=True, version=version)
 
 
-def _create_onnxruntime(folder: EngineFolder, threads: int | None) -> Backend:
-    # Imported here: the package is heavy, and `import bertrt` shall not load it.
-    from bertrt.backends.onnxruntime import OnnxRuntimeBackend
+def choose_provider(folder: EngineFolder, placement: Placement) -> Provider:
+    """Which of ONNX Runtime's providers runs an engine: the one that is asked for, else the best that works here."""
+    if placement.provider is not None:
+        return placement.provider
+    if placement.devices:
+        return "cuda"
+    if folder.manifest.target == "cpu":
+        return "cpu"
+    from bertrt.backends.onnxruntime.backend import provider_problem
 
-    return OnnxRuntimeBackend(folder, threads=threads)
+    return "cpu" if provider_problem("cuda") else "cuda"
+
+
+def _create_onnxruntime(folder: EngineFolder, placement: Placement) -> Backend:
+    # Imported here: the package is heavy, and `import bertrt` shall not load it.
+    from bertrt.backends.onnxruntime.backend import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend(
+        folder,
+        threads=placement.threads,
+        provider=choose_provider(folder, placement),
+        devices=placement.devices,
+    )
 
 
 _BACKENDS: dict[str, _Entry] = {
     native.NAME: _Entry(status=_native_status, create=_create_native),
-    _ONNXRUNTIME: _Entry(status=_onnxruntime_status, create=_create_onnxruntime),
+    TENSORRT: _Entry(status=_tensorrt_status, create=_create_tensorrt),
+    ONNXRUNTIME: _Entry(status=_onnxruntime_status, create=_create_onnxruntime),
 }

@@ -41,6 +41,7 @@ _BUILT_IN: Final = {
 _GROUPS: Final = {
     "make an engine": {
         "export": "turn a checkpoint into an engine folder",
+        "build": "build the TensorRT plans of an engine",
         "info": "show what an engine folder holds",
     },
     "ask it": {

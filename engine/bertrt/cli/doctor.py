@@ -10,8 +10,10 @@ from dataclasses import asdict
 from typing import Any
 
 from bertrt import __version__, c_library
+from bertrt.backends import cuda
 from bertrt.backends.native import ISA_VARIABLE, InstructionSet, instruction_sets
-from bertrt.backends.registry import BackendStatus, backend_status
+from bertrt.backends.placement import PROVIDERS
+from bertrt.backends.registry import ONNXRUNTIME, BackendStatus, backend_status
 from bertrt.builtin import cache_folder
 from bertrt.cli.command import EXIT_CHECK_FAILED, EXIT_OK, Command
 from bertrt.cli.console import emit, human_bytes, table
@@ -29,12 +31,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     machine, backends, packages, cache = describe(), backend_status(), _packages(), _cache()
-    kernels, library = _kernels(), _c_library()
+    kernels, library, gpus = _kernels(), _c_library(), _gpus()
+    providers = _providers(backends)
     if args.json:
         value = {
             "bertrt": __version__,
             "machine": machine.to_json(),
             "backends": [asdict(backend) for backend in backends],
+            "gpus": gpus,
+            "providers": providers,
             "kernels": [asdict(isa) for isa in kernels],
             "c_library": library,
             "packages": packages,
@@ -42,8 +47,30 @@ def _run(args: argparse.Namespace) -> int:
         }
         emit(value, as_json=True)
     else:
-        emit("\n".join(_report(machine, backends, kernels, library, packages, cache)), as_json=False)
+        emit(
+            "\n".join(_report(machine, backends, gpus, providers, kernels, library, packages, cache)),
+            as_json=False,
+        )
     return EXIT_OK if any(backend.available for backend in backends) else EXIT_CHECK_FAILED
+
+
+def _gpus() -> dict[str, Any]:
+    """The GPUs that CUDA can use, or why there are none."""
+    problem = cuda.problem()
+    devices = (
+        [] if problem else [asdict(cuda.device_properties(index)) for index in range(cuda.device_count())]
+    )
+    return {"problem": problem, "devices": devices}
+
+
+def _providers(backends: list[BackendStatus]) -> list[dict[str, Any]]:
+    """What stands in the way of each of ONNX Runtime's execution providers; none where it is not installed."""
+    if not any(backend.name == ONNXRUNTIME and backend.available for backend in backends):
+        return []
+    # Imported here: it loads the library.
+    from bertrt.backends.onnxruntime.backend import provider_problem
+
+    return [{"name": name, "problem": provider_problem(name)} for name in PROVIDERS]
 
 
 def _packages() -> list[dict[str, str | None]]:
@@ -108,6 +135,8 @@ def _cache() -> dict[str, Any]:
 def _report(
     machine: Machine,
     backends: list[BackendStatus],
+    gpus: dict[str, Any],
+    providers: list[dict[str, Any]],
     kernels: list[InstructionSet],
     library: dict[str, str | None],
     packages: list[dict[str, str | None]],
@@ -130,6 +159,22 @@ def _report(
             (backend.name, backend.version or "-", _state(backend) if backend.available else backend.reason)
             for backend in backends
         ]
+    )
+    if providers:
+        yield "providers of onnxruntime"
+        yield table([(provider["name"], provider["problem"] or "available") for provider in providers])
+    yield "GPUs"
+    yield table(
+        [
+            (
+                str(number),
+                gpu["name"],
+                f"compute capability {gpu['compute_capability']}",
+                human_bytes(gpu["memory_bytes"]),
+            )
+            for number, gpu in enumerate(gpus["devices"])
+        ]
+        or [(gpus["problem"],)]
     )
     if kernels:
         yield "native kernels"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from bertrt.backends.placement import PROVIDERS
 from bertrt.backends.registry import backend_names
 from bertrt.cli.console import note
 from bertrt.engine import Engine
@@ -25,6 +26,17 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="threads of one run (default: the processors that this process may use)",
     )
     parser.add_argument(
+        "--provider",
+        choices=PROVIDERS,
+        help="ONNX Runtime's execution provider (default: the best that works here)",
+    )
+    parser.add_argument(
+        "--devices",
+        type=device_list,
+        metavar="N[,N]",
+        help="GPUs by number, with commas between: one worker each (default: the first)",
+    )
+    parser.add_argument(
         "--no-verify", action="store_true", help="do not compare the files with their SHA-256 before loading"
     )
 
@@ -35,7 +47,14 @@ def open_engine(args: argparse.Namespace) -> Engine:
     Raises:
         BertRTError: as `Engine.load`.
     """
-    engine = Engine.load(args.engine, backend=args.backend, threads=args.threads, verify=not args.no_verify)
+    engine = Engine.load(
+        args.engine,
+        backend=args.backend,
+        threads=args.threads,
+        verify=not args.no_verify,
+        provider=args.provider,
+        devices=args.devices,
+    )
     if engine.latency_only:
         note(f"the weights of {args.engine!r} are random: its speed means something, its answers do not")
     return engine
@@ -47,6 +66,11 @@ def whole_number(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return value
+
+
+def device_list(text: str) -> tuple[int, ...]:
+    """GPUs such as ``0,1``, for ``type=`` of an argument."""
+    return tuple(natural_number(part.strip()) for part in text.split(","))
 
 
 def natural_number(text: str) -> int:

@@ -11,6 +11,8 @@ EXTRA_OF_MODULE: Final = {
     "onnx": "export",
     "torch": "torch",
     "transformers": "torch",
+    "tensorrt": "tensorrt",
+    "tensorrt_rtx": "tensorrt-rtx",
     "nncf": "bench",
     "openvino": "bench",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from bertrt.cli.command import EXIT_OK, Command
 from bertrt.cli.console import emit, human_bytes, printable, table
 from bertrt.folder import EngineFolder
 from bertrt.manifest import Heads, Manifest
+from bertrt.plans import Plan
 
 _HEAD_NAMES: Final = {"mlm": "masked LM", "nsp": "next sentence", "pooler": "pooler"}
 _SHOWN_OF_HASH: Final = 16
@@ -87,6 +89,7 @@ def _summary(folder: EngineFolder, parameters: int, *, verified: bool) -> Iterat
                 f"{architecture.vocab_size:,} WordPieces, {architecture.max_position_embeddings} positions",
             ),
             ("parameters", f"{parameters:,}"),
+            ("target", manifest.target),
             ("precision", manifest.precision + (f", dialect {manifest.dialect}" if manifest.dialect else "")),
             ("heads", ", ".join(heads) or "none: features only"),
             ("backends", ", ".join(manifest.backends) or "none"),
@@ -94,6 +97,16 @@ def _summary(folder: EngineFolder, parameters: int, *, verified: bool) -> Iterat
             ("built with", _flat(manifest.versions)),
         ]
     )
+    if manifest.calibration is not None:
+        yield "calibration"
+        # A scale for each product is for machines: --json.
+        facts = {name: value for name, value in manifest.calibration.items() if name != "scales"}
+        yield table([(name, _flat(value)) for name, value in facts.items()])
+    if manifest.plan is not None:
+        yield "plan"
+        yield table(_plan(manifest.plan))
+    elif manifest.target == "tensorrt":
+        yield f"plan\n  not built; run: bertrt build {folder.path}"
     yield "files"
     records = [
         (human_bytes(record.size), name, record.sha256[:_SHOWN_OF_HASH])
@@ -107,6 +120,7 @@ def _summary(folder: EngineFolder, parameters: int, *, verified: bool) -> Iterat
             [
                 (human_bytes(backend_bytes(manifest, name)), name, ", ".join(sorted(set(roles.values()))))
                 for name, roles in manifest.backends.items()
+                if roles
             ],
             align=">",
         )
@@ -115,6 +129,29 @@ def _summary(folder: EngineFolder, parameters: int, *, verified: bool) -> Iterat
     else:
         yield "drift"
         yield table([(name, _flat(value)) for name, value in manifest.drift.items()])
+
+
+def _plan(plan: Plan) -> list[tuple[str, str]]:
+    return [
+        ("library", f"{plan.library} {plan.version}"),
+        ("compute capability", ", ".join(plan.compute_capabilities)),
+        ("profiles", ", ".join(map(str, plan.profiles))),
+        ("masked-LM rows", str(plan.mlm_rows)),
+        *((part, _flat(_built(facts))) for part, facts in plan.report.items()),
+    ]
+
+
+def _built(facts: object) -> object:
+    """What was built of a part, in short: its matrix products are counted by the type of their operands."""
+    if not isinstance(facts, Mapping):
+        return facts
+    products = facts.get("products")
+    listed = products if isinstance(products, list) else []
+    operands = Counter(str(product.get("operands")) for product in listed if isinstance(product, Mapping))
+    return {
+        **{name.replace("_", " "): facts[name] for name in ("layers", "fused_attention") if name in facts},
+        **{f"products in {name}": count for name, count in operands.items()},
+    }
 
 
 def _source(manifest: Manifest) -> str:

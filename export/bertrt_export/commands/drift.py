@@ -70,6 +70,8 @@ def _run(args: argparse.Namespace) -> int:
         budgets=parse_budgets(args.budget),
         backend=args.backend,
         threads=args.threads,
+        provider=args.provider,
+        devices=args.devices or (),
     )
     verify = not args.no_verify
     folder = EngineFolder.open(resolve(args.engine, verify=verify), verify=verify)

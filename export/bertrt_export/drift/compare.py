@@ -10,7 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from bertrt.backends.base import Backend, Float32, Int64, TokenBatch, Wanted
-from bertrt.backends.registry import backend_status, create_backend
+from bertrt.backends.placement import Placement, Provider
+from bertrt.backends.registry import (
+    ONNXRUNTIME,
+    backend_status,
+    choose_backend,
+    choose_provider,
+    create_backend,
+)
 from bertrt.batching import offsets_of, plan_batches
 from bertrt.errors import CheckpointError, InputError
 from bertrt.folder import EngineFolder
@@ -26,6 +33,7 @@ from bertrt_export.drift.prompts import BiasDrift, PromptDrift, compare_prompts
 from bertrt_export.drift.reference import Reference, open_reference, require
 from bertrt_export.drift.report import DriftReport, EngineFacts, ExampleFacts, LayerDrift
 from bertrt_export.drift.text import Corpus, read_corpus, read_text
+from bertrt_export.graph.twin import TwinBackend
 
 # With the demo's text these are some 9,500 masked positions: a top-1 agreement of 97 % is then known to
 # within 0.35 points (two standard errors), which tells a good int8 engine from a bad one.
@@ -50,6 +58,9 @@ class DriftOptions:
         budgets: changes to the precision's default budgets by the name of the figure; ``None`` lifts one.
         backend: of the engine; ``None`` takes the default.
         threads: of both models; ``None`` takes the CPUs that the process may use.
+        provider: of the backend onnxruntime; ``None`` takes the best. On the CPU an engine in parts is computed with
+            every value rounded to its type (see `bertrt_export.graph.twin`).
+        devices: GPUs of the engine.
 
     Raises:
         InputError: a value out of range.
@@ -60,6 +71,8 @@ class DriftOptions:
     budgets: Mapping[str, float | None] = field(default_factory=dict)
     backend: str | None = None
     threads: int | None = None
+    provider: Provider | None = None
+    devices: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.examples <= MOST_EXAMPLES:
@@ -127,7 +140,7 @@ def measure_drift(
         )
     )
     threads = options.threads or usable_cpus()
-    backend = create_backend(options.backend, folder, threads)
+    backend = _open_backend(folder, options, threads)
     try:
         with open_reference(checkpoint, manifest.heads, threads=threads) as reference:
             probe = make_probe(folder, backend)
@@ -143,7 +156,8 @@ def measure_drift(
                     progress=progress,
                 )
             finally:
-                probe.close()
+                if probe is not None:
+                    probe.close()
         engine = _engine_facts(folder, backend)
     finally:
         backend.close()
@@ -162,6 +176,19 @@ def measure_drift(
         machine=describe().to_json(),
         seconds=time.monotonic() - started,
     )
+
+
+def _open_backend(folder: EngineFolder, options: DriftOptions, threads: int) -> Backend:
+    """The backend that is measured: of an engine in parts without a GPU, its twin on the CPU."""
+    placement = Placement(threads=threads, provider=options.provider, devices=options.devices)
+    name = choose_backend(options.backend, folder, placement)
+    if (
+        folder.manifest.target != "cpu"
+        and name == ONNXRUNTIME
+        and choose_provider(folder, placement) == "cpu"
+    ):
+        return TwinBackend(folder, threads)
+    return create_backend(name, folder, threads, provider=options.provider, devices=options.devices or None)
 
 
 def check_reference(manifest: Manifest, checkpoint: Checkpoint) -> None:
@@ -326,6 +353,8 @@ def _left_out(heads: Heads, found: Comparison) -> dict[str, str]:
         missing["Masked LM"] = "the checkpoint has no masked-LM head"
     elif not found.prompts:
         missing["Prompts"] = "the model has too few positions for the model card's prompts"
+    if not found.layers:
+        missing["Layers"] = "what runs on a GPU shows its last layer only"
     if not heads.nsp:
         missing["Next sentence"] = "the checkpoint has no next-sentence head"
     if not heads.pooler:

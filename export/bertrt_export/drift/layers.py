@@ -35,8 +35,8 @@ class NativeProbe:
         """Nothing is held."""
 
 
-def make_probe(folder: EngineFolder, backend: Backend) -> Probe:
-    """A probe of what a backend computes from a folder.
+def make_probe(folder: EngineFolder, backend: Backend) -> Probe | None:
+    """A probe of what a backend computes from a folder; ``None`` for what runs on a GPU, which shows no layers.
 
     Raises:
         EngineFolderError: the engine does not show its layers.
@@ -45,5 +45,8 @@ def make_probe(folder: EngineFolder, backend: Backend) -> Probe:
         return NativeProbe(backend)
     # Imported here: the native backend is measured without ONNX Runtime.
     from bertrt_export.graph.probe import LayerProbe
+    from bertrt_export.graph.twin import TwinBackend
 
+    if folder.manifest.target != "cpu" and not isinstance(backend, TwinBackend):
+        return None
     return LayerProbe(folder, backend.threads)

@@ -23,6 +23,7 @@ from bertrt_export.graph.products import Products
 MASKED = float(np.finfo(np.float32).min / 2)
 # Below what no activation goes: the minimum of the exact GELU is -0.16997, of its tanh approximation -0.17004.
 LOWEST: dict[Activation, float] = {"gelu": -0.1701, "gelu_new": -0.1701, "relu": 0.0}
+PROJECTIONS = ("query", "key", "value")
 Shape = list[int | str]
 
 
@@ -35,12 +36,12 @@ class Operators(Protocol):
         """What `attention` takes, from an int32 ``[batch, sequence]`` mask of ones and zeros."""
         ...
 
-    def attention(self, query: str, key: str, value: str, mask: str, name: str) -> str:
-        """Multi-head attention over products whose biases (``{name}.query.bias`` ...) are still to be added."""
+    def attention(self, hidden: str, mask: str, name: str) -> str:
+        """Multi-head attention of the hidden state with itself, its projections (``{name}.query`` ...) included."""
         ...
 
     def add_layer_norm(self, x: str, skip: str, norm: str, *, bias: str | None, output: str | None) -> str:
-        """LayerNorm of ``x + bias + skip`` with the parameters of ``norm``."""
+        """LayerNorm of ``x + {bias}.bias + skip`` with the parameters of ``norm``."""
         ...
 
     def bias_activation(self, x: str, name: str, shape: Shape) -> str:
@@ -67,7 +68,7 @@ class _Common:
         """
         emitter, vector = self._emitter, self._products.vector
         if bias:
-            x = emitter.node("Add", [x, vector(bias)], name=norm)
+            x = emitter.node("Add", [x, self._products.bias(bias)], name=norm)
         return emitter.node(
             "LayerNormalization",
             [
@@ -90,18 +91,17 @@ class OrtOperators(_Common):
         """See `Operators.mask`: the operator takes it as it is."""
         return attention_mask
 
-    def attention(self, query: str, key: str, value: str, mask: str, name: str) -> str:
+    def attention(self, hidden: str, mask: str, name: str) -> str:
         """See `Operators.attention`: MultiHeadAttention adds the biases itself."""
+        projections = [self._products.linear(hidden, f"{name}.{part}") for part in PROJECTIONS]
         weights = self._products.weights
         bias = self._emitter.weight(
             f"{name}.qkv.bias",
-            lambda: np.concatenate(
-                [weights.tensor(f"{name}.{part}.bias") for part in ("query", "key", "value")]
-            ),
+            lambda: np.concatenate([weights.tensor(f"{name}.{part}.bias") for part in PROJECTIONS]),
         )
         return self._emitter.node(
             "MultiHeadAttention",
-            [query, key, value, bias, mask],
+            [*projections, bias, mask],
             name=name,
             domain=MICROSOFT,
             shape=["batch", "sequence", self._architecture.hidden_size],
@@ -147,9 +147,12 @@ class OnnxOperators(_Common):
 
         The operator would broadcast the queries' axis; ONNX Runtime's kernel wants it written out.
         """
+        return self._expanded_mask(attention_mask, self._emitter.scalar(0.0), self._emitter.scalar(MASKED))
+
+    def _expanded_mask(self, attention_mask: str, kept: str, masked: str) -> str:
         emitter, name = self._emitter, "attention_mask"
-        kept = emitter.node("Cast", [attention_mask], name=name, to=TensorProto.BOOL)
-        added = emitter.node("Where", [kept, emitter.scalar(0.0), emitter.scalar(MASKED)], name=name)
+        there = emitter.node("Cast", [attention_mask], name=name, to=TensorProto.BOOL)
+        added = emitter.node("Where", [there, kept, masked], name=name)
         added = emitter.node("Unsqueeze", [added, emitter.integers(1, 2)], name=name)
         batch = emitter.node("Shape", [attention_mask], name=name, start=0, end=1)
         length = emitter.node("Shape", [attention_mask], name=name, start=1, end=2)
@@ -157,12 +160,13 @@ class OnnxOperators(_Common):
         shape = emitter.node("Concat", [batch, one, length, length], name=name, axis=0)
         return emitter.node("Expand", [added, shape], name=name)
 
-    def attention(self, query: str, key: str, value: str, mask: str, name: str) -> str:
+    def attention(self, hidden: str, mask: str, name: str) -> str:
         """See `Operators.attention`: Attention takes finished projections."""
         emitter, heads = self._emitter, self._architecture.num_attention_heads
+        products = [self._products.linear(hidden, f"{name}.{part}") for part in PROJECTIONS]
         parts = [
             emitter.node("Add", [x, self._products.bias(f"{name}.{part}")], name=f"{name}.{part}")
-            for x, part in ((query, "query"), (key, "key"), (value, "value"))
+            for x, part in zip(products, PROJECTIONS, strict=True)
         ]
         return emitter.node("Attention", [*parts, mask], name=name, q_num_heads=heads, kv_num_heads=heads)
 

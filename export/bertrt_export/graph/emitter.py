@@ -46,7 +46,8 @@ class WeightFile:
         align = _PAGE if values.nbytes >= _PAGE else _LINE
         offset = -(-self._file.tell() // align) * align
         self._file.write(b"\0" * (offset - self._file.tell()))
-        self._file.write(values.data)
+        # As bytes: the buffer protocol does not know bfloat16 and float8.
+        self._file.write(values.reshape(-1).view(np.uint8).data)
         dtype = helper.np_dtype_to_tensor_dtype(values.dtype)
         self._stored[name] = _Stored(dtype, values.shape, offset, values.nbytes)
 

@@ -13,18 +13,19 @@ One set of weights, two graphs:
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Literal, Protocol
 
 import onnx
 from onnx import TensorProto
 
 from bertrt.architecture import BertArchitecture
-from bertrt.backends.onnxruntime import ARCHITECTURE_KEY
+from bertrt.backends.onnxruntime.sessions import ARCHITECTURE_KEY
 from bertrt.errors import ExportError
 from bertrt.manifest import Dialect, Heads, Precision
-from bertrt_export.graph.dialects import LOWEST, OnnxOperators, OrtOperators, make_operators
+from bertrt_export.graph.dialects import LOWEST, OnnxOperators, Operators, OrtOperators, make_operators
 from bertrt_export.graph.emitter import MICROSOFT, GraphEmitter, WeightFile, count_operators
-from bertrt_export.graph.products import Weights, make_products
+from bertrt_export.graph.products import Products, Weights, make_products
 
 Interface = Literal["standard", "engine"]
 FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
@@ -58,34 +59,59 @@ def build_graph(
         ExportError: the number of fused nodes is not what the architecture implies, a defect of this builder.
     """
     opset = OrtOperators.opset if dialect == "ort" else OnnxOperators.opset
-    builder = _Builder(model, GraphEmitter(weights, opset=opset), precision, dialect)
+    emitter = GraphEmitter(weights, opset=opset)
+    products = make_products(precision, dialect, emitter, model)
+    operators = make_operators(dialect, emitter, products, model.architecture)
+    # One node looks the words up itself, in float32.
+    word_table = dialect == "ort" and precision == "fp32"
+    kind = f"{precision}, {dialect} dialect"
+    builder = GraphBuilder(model, emitter, products, operators, kind, word_table=word_table)
     graph = builder.standard() if interface == "standard" else builder.engine()
-    expected, found = builder.fused(), count_operators(graph)
-    for operator, count in expected.items():
-        if found.get(operator, 0) != count:
-            raise ExportError(
-                f"[{interface} graph, {dialect}] expected {count} nodes {operator}, built {found.get(operator, 0)}"
-            )
+    check_fused(
+        graph, operators.fused(mlm=model.heads.mlm, word_table=word_table), f"{interface} graph, {kind}"
+    )
     return graph
 
 
-class _Builder:
-    def __init__(self, model: Model, emitter: GraphEmitter, precision: Precision, dialect: Dialect) -> None:
-        self._model = model
-        self._emitter = emitter
-        self._precision = precision
-        self._dialect = dialect
-        self._architecture = model.architecture
-        self._products = make_products(precision, dialect, emitter, model)
-        self._operators = make_operators(dialect, emitter, self._products, model.architecture)
+def check_fused(
+    graph: onnx.ModelProto, expected: Mapping[str, int], what: str, *, at_least: bool = False
+) -> None:
+    """Compare the numbers of a graph's nodes with what its architecture implies.
 
-    def fused(self) -> dict[str, int]:
-        """The fused nodes that the graph must have."""
-        return self._operators.fused(mlm=self._model.heads.mlm, word_table=self._one_node_embeddings)
+    Raises:
+        ExportError: they differ, a defect of the builder.
+    """
+    found = count_operators(graph)
+    for operator, count in expected.items():
+        built = found.get(operator, 0)
+        if built < count if at_least else built != count:
+            raise ExportError(f"[{what}] expected {count} nodes {operator}, built {built}")
+
+
+class GraphBuilder:
+    """Puts the steps of a model together; the products and the operators say how each is computed."""
+
+    def __init__(
+        self,
+        model: Model,
+        emitter: GraphEmitter,
+        products: Products,
+        operators: Operators,
+        kind: str,
+        *,
+        word_table: bool = False,
+    ) -> None:
+        self.model = model
+        self.architecture = model.architecture
+        self.emitter = emitter
+        self.products = products
+        self.operators = operators
+        self._kind = kind
+        self._one_node_embeddings = word_table
 
     def standard(self) -> onnx.ModelProto:
         """The graph that optimum and plain onnxruntime sessions run."""
-        emitter, heads, sizes = self._emitter, self._model.heads, self._architecture
+        emitter, heads, sizes = self.emitter, self.model.heads, self.architecture
         batch: list[int | str] = ["batch", "sequence"]
         ids, mask, segments = (
             emitter.node("Cast", [emitter.input(name, INT64, batch)], name=name, to=INT32)
@@ -101,7 +127,7 @@ class _Builder:
             emitter.output(logits, "logits", FLOAT, [*batch, sizes.vocab_size])
         emitter.output(hidden, "last_hidden_state", FLOAT, [*batch, sizes.hidden_size])
         if heads.pooler:
-            pooled = self._pooler(hidden)
+            pooled = self._pooler(self._first_tokens(hidden))
             emitter.output(pooled, "pooler_output", FLOAT, ["batch", sizes.hidden_size])
             if heads.nsp:
                 relation = self._next_sentence(pooled)
@@ -110,7 +136,7 @@ class _Builder:
 
     def engine(self) -> onnx.ModelProto:
         """The graph that the runtime runs: heads on the rows that are named."""
-        emitter, heads, sizes = self._emitter, self._model.heads, self._architecture
+        emitter, heads, sizes = self.emitter, self.model.heads, self.architecture
         batch: list[int | str] = ["batch", "sequence"]
         ids = emitter.input("input_ids", INT32, batch)
         mask = emitter.input("attention_mask", INT32, batch)
@@ -122,21 +148,21 @@ class _Builder:
         if heads.pooler:
             sequences = emitter.input("pooled_sequences", INT64, ["pooled"])
             chosen = emitter.node("Gather", [hidden, sequences], name="pooler/rows", axis=0)
-            pooled = self._pooler(chosen)
+            pooled = self._pooler(self._first_tokens(chosen))
             emitter.output(pooled, "pooled", FLOAT, ["pooled", sizes.hidden_size])
             if heads.nsp:
                 emitter.output(self._next_sentence(pooled), "nsp_logits", FLOAT, ["pooled", 2])
         return self._build("BERT for the BertRT runtime")
 
     def _build(self, what: str) -> onnx.ModelProto:
-        return self._emitter.build(
+        return self.emitter.build(
             "bert",
-            doc=f"{what}, {self._precision}, {self._dialect} dialect",
-            metadata={ARCHITECTURE_KEY: json.dumps(self._architecture.to_json())},
+            doc=f"{what}, {self._kind}",
+            metadata={ARCHITECTURE_KEY: json.dumps(self.architecture.to_json())},
         )
 
     def _masked_lm(self, hidden: str) -> None:
-        emitter, sizes = self._emitter, self._architecture
+        emitter, sizes = self.emitter, self.architecture
         positions = emitter.input("mlm_positions", INT64, ["positions"])
         candidates = emitter.input("mlm_candidates", INT64, ["scored", "candidates"])
         top_k = emitter.input("mlm_top_k", INT64, [1])
@@ -161,26 +187,21 @@ class _Builder:
             log_probs = emitter.node("Sub", [value, total], name=output)
             emitter.output(log_probs, output, FLOAT, ["scored", width])
 
-    @property
-    def _one_node_embeddings(self) -> bool:
-        return self._dialect == "ort" and self._precision == "fp32"
-
     def _encoder(self, ids: str, mask: str, segments: str) -> str:
         hidden = self._embeddings(ids, segments)
-        mask = self._operators.mask(mask)
-        for layer in range(self._architecture.num_hidden_layers):
+        mask = self.operators.mask(mask)
+        for layer in range(self.architecture.num_hidden_layers):
             hidden = self._layer(hidden, mask, f"encoder.layer.{layer}")
         return hidden
 
     def _embeddings(self, ids: str, segments: str) -> str:
-        emitter, products, output = self._emitter, self._products, "embeddings.output"
+        emitter, products, output = self.emitter, self.products, "embeddings.output"
         position_table = products.vector("embeddings.position_embeddings.weight")
         segment_table = products.vector("embeddings.token_type_embeddings.weight")
         if self._one_node_embeddings:
-            # The fused node looks the words up itself.
             words = emitter.weight(
                 "embeddings.word_embeddings.weight",
-                lambda: self._model.tensor("embeddings.word_embeddings.weight"),
+                lambda: self.model.tensor("embeddings.word_embeddings.weight"),
             )
             norm = [products.vector(f"embeddings.LayerNorm.{part}") for part in ("weight", "bias")]
             return emitter.node(
@@ -190,8 +211,8 @@ class _Builder:
                 domain=MICROSOFT,
                 outputs=2,
                 output=output,
-                shape=["batch", "sequence", self._architecture.hidden_size],
-                epsilon=self._architecture.layer_norm_eps,
+                shape=["batch", "sequence", self.architecture.hidden_size],
+                epsilon=self.architecture.layer_norm_eps,
             )
         length = emitter.node("Shape", [ids], name="embeddings/length", start=1, end=2)
         positions = emitter.node(
@@ -201,21 +222,18 @@ class _Builder:
         )
         words = emitter.node("Add", [products.words(ids), positions], name="embeddings")
         types = emitter.node("Gather", [segment_table, segments], name="embeddings/segments", axis=0)
-        return self._operators.add_layer_norm(words, types, "embeddings.LayerNorm", bias=None, output=output)
+        return self.operators.add_layer_norm(words, types, "embeddings.LayerNorm", bias=None, output=output)
 
     def _layer(self, hidden: str, mask: str, name: str) -> str:
-        products, operators, sizes = self._products, self._operators, self._architecture
+        products, operators, sizes = self.products, self.operators, self.architecture
         attention = f"{name}.attention.self"
-        query, key, value = (
-            products.linear(hidden, f"{attention}.{part}") for part in ("query", "key", "value")
-        )
-        context = operators.attention(query, key, value, mask, attention)
+        context = operators.attention(hidden, mask, attention)
         projected = products.linear(context, f"{name}.attention.output.dense")
         attended = operators.add_layer_norm(
             projected,
             hidden,
             f"{name}.attention.output.LayerNorm",
-            bias=f"{name}.attention.output.dense.bias",
+            bias=f"{name}.attention.output.dense",
             output=f"{name}.attention.output",
         )
         wide = products.linear(attended, f"{name}.intermediate.dense")
@@ -226,38 +244,42 @@ class _Builder:
             narrow,
             attended,
             f"{name}.output.LayerNorm",
-            bias=f"{name}.output.dense.bias",
+            bias=f"{name}.output.dense",
             output=f"{name}.output",
         )
 
     def _vocabulary(self, rows: str) -> str:
         """Logits ``[rows, vocab]`` of hidden states ``[rows, hidden]``."""
-        emitter, products, head = self._emitter, self._products, "cls.predictions"
+        emitter, products, head = self.emitter, self.products, "cls.predictions"
         # A small product before a large one: in int8 it would cost half a point of top-1 agreement.
         x = products.linear(rows, f"{head}.transform.dense", quantize=False)
-        x = self._operators.bias_activation(
-            x, f"{head}.transform.dense", ["rows", self._architecture.hidden_size]
+        x = self.operators.bias_activation(
+            x, f"{head}.transform.dense", ["rows", self.architecture.hidden_size]
         )
         norm = f"{head}.transform.LayerNorm"
         x = emitter.node(
             "LayerNormalization",
             [x, products.vector(f"{norm}.weight"), products.vector(f"{norm}.bias")],
             name=norm,
-            epsilon=self._architecture.layer_norm_eps,
+            epsilon=self.architecture.layer_norm_eps,
         )
-        x = products.decoder(x, f"{head}.decoder", tied=self._model.tied_decoder)
+        x = products.decoder(x, f"{head}.decoder", tied=self.model.tied_decoder)
         return emitter.node("Add", [x, products.bias(head)], name=f"{head}.decoder")
 
-    def _pooler(self, hidden: str) -> str:
-        """Pooled output ``[sequences, hidden]`` from the first token of ``[sequences, tokens, hidden]``."""
-        first = self._emitter.constant_index(0)
-        rows = self._emitter.node("Gather", [hidden, first], name="pooler/first", axis=1)
+    def _first_tokens(self, hidden: str) -> str:
+        """``[sequences, hidden]``: the first token of each of ``[sequences, tokens, hidden]``."""
+        return self.emitter.node(
+            "Gather", [hidden, self.emitter.constant_index(0)], name="pooler/first", axis=1
+        )
+
+    def _pooler(self, rows: str) -> str:
+        """Pooled output ``[sequences, hidden]`` from the hidden states of the first tokens."""
         # One row a sequence: nothing to win by quantising it.
-        x = self._products.linear(rows, "pooler.dense", quantize=False)
-        x = self._emitter.node("Add", [x, self._products.bias("pooler.dense")], name="pooler")
-        return self._emitter.node("Tanh", [x], name="pooler")
+        x = self.products.linear(rows, "pooler.dense", quantize=False)
+        x = self.emitter.node("Add", [x, self.products.bias("pooler.dense")], name="pooler")
+        return self.emitter.node("Tanh", [x], name="pooler")
 
     def _next_sentence(self, pooled: str) -> str:
         name = "cls.seq_relationship"
-        x = self._products.linear(pooled, name, quantize=False)
-        return self._emitter.node("Add", [x, self._products.bias(name)], name=name)
+        x = self.products.linear(pooled, name, quantize=False)
+        return self.emitter.node("Add", [x, self.products.bias(name)], name=name)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
-import onnxruntime
 from onnx import TensorProto, helper
 
 from bertrt.backends.base import Float32, TokenBatch, Wanted, check_request
-from bertrt.backends.onnxruntime import NAME, PaddedBlock, session_options
+from bertrt.backends.onnxruntime.backend import graph_feeds
+from bertrt.backends.onnxruntime.sessions import NAME, graph_path
+from bertrt.backends.padded import PaddedBlock
+from bertrt.backends.parts import ENCODER
 from bertrt.errors import BackendRunError, EngineFolderError
 from bertrt.folder import EngineFolder
 from bertrt.machine import usable_cpus
+from bertrt_export.graph.twin import float32_twin, open_session, read_graph
 
 
 class LayerProbe:
     """Runs an engine's own graph with every layer's output exposed.
 
-    The fused nodes end where a layer ends, so exposing an output changes nothing before it.
+    The fused nodes end where a layer ends, so exposing an output changes nothing before it. Of an engine in parts the
+    encoder's twin is run (see `bertrt_export.graph.twin`).
 
     Args:
         folder: the engine.
@@ -28,28 +31,21 @@ class LayerProbe:
     """
 
     def __init__(self, folder: EngineFolder, threads: int | None = None) -> None:
-        self._manifest = folder.manifest
-        graph = onnx.load_model(
-            str(folder.file(folder.manifest.backends[NAME]["graph"])), load_external_data=False
-        )
-        layers = folder.manifest.architecture.num_hidden_layers
+        manifest = self._manifest = folder.manifest
+        self._role = ENCODER if ENCODER in manifest.backends[NAME] else "graph"
+        graph = read_graph(graph_path(folder, self._role))
+        layers = manifest.architecture.num_hidden_layers
         self._names = ["embeddings.output", *(f"encoder.layer.{layer}.output" for layer in range(layers))]
         produced = {output for node in graph.graph.node for output in node.output}
         if missing := [name for name in self._names if name not in produced]:
             raise EngineFolderError(
                 f"the engine's graph has no {missing[0]!r}; export the engine again with this version"
             )
-        shape: list[int | str] = ["batch", "sequence", folder.manifest.architecture.hidden_size]
+        shape: list[int | str] = ["batch", "sequence", manifest.architecture.hidden_size]
         for name in self._names:
             graph.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
-        options = session_options(folder.manifest, threads or usable_cpus())
-        # The graph comes from memory, its weights from the folder.
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(folder.path.resolve())
-        )
-        self._session = onnxruntime.InferenceSession(
-            graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        model = float32_twin(graph) if self._role == ENCODER else graph
+        self._session = open_session(model, folder.path, manifest, threads=threads or usable_cpus())
 
     def run(self, batch: TokenBatch) -> list[Float32]:
         """The embeddings' output and each layer's, ``[tokens, hidden]`` each, packed as the batch is.
@@ -61,7 +57,9 @@ class LayerProbe:
         manifest = self._manifest
         check_request(batch, Wanted(), manifest.architecture, manifest.heads)
         block = PaddedBlock(batch, np.arange(batch.num_sequences), Wanted())
-        feeds = block.feeds(Wanted(), mlm=manifest.heads.mlm, pooler=manifest.heads.pooler)
+        feeds = (
+            block.encoder_feeds() if self._role == ENCODER else graph_feeds(block, Wanted(), manifest.heads)
+        )
         try:
             outputs = self._session.run(self._names, feeds)
         except Exception as error:  # ONNX Runtime's exceptions have no common base but this

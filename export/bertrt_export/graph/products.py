@@ -108,7 +108,7 @@ class Float16Products(Products):
     def linear(self, x: str, name: str, **quantization: bool | float | None) -> str:  # noqa: ARG002 - of int8
         """See `Products.linear`."""
         weight = self.emitter.weight(
-            f"{name}.weight_t", lambda: _to_float16(self.weights.tensor(f"{name}.weight"), name).T
+            f"{name}.weight_t", lambda: to_float16(self.weights.tensor(f"{name}.weight"), name).T
         )
         product = self.emitter.node("MatMul", [self._enter(x), weight], name=name)
         return self._leave(product, name)
@@ -140,7 +140,7 @@ class Float16Products(Products):
 
     def _table(self, name: str, *, tied: bool) -> str:
         source = f"{_TABLE if tied else name}.weight"
-        return self.emitter.weight(source, lambda: _to_float16(self.weights.tensor(source), source))
+        return self.emitter.weight(source, lambda: to_float16(self.weights.tensor(source), source))
 
 
 class _Quantized(NamedTuple):
@@ -251,7 +251,12 @@ class _Once:
         return self._result
 
 
-def _to_float16(values: npt.NDArray[np.float32], name: str) -> npt.NDArray[np.float16]:
+def to_float16(values: npt.NDArray[np.float32], name: str) -> npt.NDArray[np.float16]:
+    """Round a weight to float16.
+
+    Raises:
+        ExportError: it reaches beyond float16's range.
+    """
     largest = float(np.abs(values).max())
     if largest > FLOAT16_LARGEST:
         raise ExportError(

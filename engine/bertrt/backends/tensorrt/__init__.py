@@ -1,0 +1,1 @@
+"""The backend on TensorRT: `backend` keeps the contract with plans, `library` knows which TensorRT there is."""

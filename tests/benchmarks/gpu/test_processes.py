@@ -1,0 +1,179 @@
+"""Contestants and jobs end with the time of their step, and say what went wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bertrt.errors import MeasurementError
+from bertrt_bench.cases import Case, SpecialIds, make_question
+from bertrt_bench.contestants import Setup
+from bertrt_bench.gpu import jobs
+from bertrt_bench.gpu.clock import Clock, Share
+from bertrt_bench.gpu.processes import Entrant, run_job
+
+CASE = Case(task="features", batch=2, sequence=6)
+
+
+@pytest.fixture
+def question(tmp_path: Path) -> Path:
+    folder = tmp_path / "question"
+    folder.mkdir()
+    make_question(CASE, special=SpecialIds(cls=0, sep=1, pad=2, mask=3, unk=4), vocab_size=100).save(folder)
+    return folder
+
+
+def ending() -> Share:
+    """A share that has some moments left."""
+    clock = Clock(seconds=100)
+    return replace(clock.share(50), end=clock.spent + 0.2)
+
+
+def entrant(fakes, name: str, folder: Path, share: Share) -> Entrant:
+    return Entrant(fakes.kind(name), Setup(engine="none", threads=1), folder, share=share)
+
+
+def test_a_request_ends_with_the_share(fakes, tmp_path: Path, alive: Callable[[int], bool]) -> None:
+    process = entrant(fakes, "hangs", tmp_path, ending())
+    process.kind = replace(process.kind, factory="bench_fakes:hangs_at_the_start")
+    with pytest.raises(
+        MeasurementError, match="hangs: starting was not done when .* used up; raise --minutes"
+    ):
+        process.__enter__()
+    assert not process.usable
+    assert not any(map(alive, fakes.pids()))
+
+
+def test_an_error_that_it_reports_leaves_it_usable(
+    fakes, tmp_path: Path, question: Path, share: Share, alive: Callable[[int], bool]
+) -> None:
+    with entrant(fakes, "raises", tmp_path, share) as process:
+        process.prepare(0, CASE, question)
+        process.answer(0, CASE, rows=10)
+        with pytest.raises(MeasurementError, match="raises: its process, timing .*, failed: out of paper"):
+            process.time(0, CASE, warmup=0, runs=1, seconds=0.0)
+        assert process.usable
+        process.abandon()
+        assert not process.usable
+        assert not any(map(alive, fakes.pids()))
+        process.abandon()
+
+
+def test_one_that_died_is_not(fakes, tmp_path: Path, question: Path, share: Share) -> None:
+    with entrant(fakes, "dies", tmp_path, share) as process:
+        process.prepare(0, CASE, question)
+        process.answer(0, CASE, rows=10)
+        with pytest.raises(MeasurementError, match="exit code 7"):
+            process.time(0, CASE, warmup=0, runs=1, seconds=0.0)
+        assert not process.usable
+
+
+def test_time_that_is_measured_is_within_the_share(
+    fakes, tmp_path: Path, question: Path, share: Share
+) -> None:
+    with entrant(fakes, "a", tmp_path, share) as process:
+        process.prepare(0, CASE, question)
+        process.share = ending()
+        with pytest.raises(
+            MeasurementError, match="timing .* was not done when the time of its step was used up"
+        ):
+            process.time(0, CASE, warmup=0, runs=1, seconds=3.0)
+        assert not process.usable
+        process.abandon()
+
+
+def test_a_job_answers(tmp_path: Path, share: Share) -> None:
+    found = run_job("probe", {"device": "cpu"}, folder=tmp_path, threads=1, share=share)
+    assert found["libraries"]["torch"]["problem"] is None
+    assert found["versions"]["numpy"]
+
+
+def test_a_job_that_fails(tmp_path: Path, share: Share) -> None:
+    request = {"checkpoint": str(tmp_path / "absent"), "random": False, "precision": "fp32", "out": "none"}
+    with pytest.raises(MeasurementError, match="export failed: there is no checkpoint folder .*absent"):
+        run_job("export", request, folder=tmp_path, threads=1, share=share)
+
+
+def test_a_defect_of_a_job_is_told_by_its_kind(tmp_path: Path, share: Share) -> None:
+    with pytest.raises(MeasurementError, match="probe failed: KeyError: 'device'"):
+        run_job("probe", {}, folder=tmp_path, threads=1, share=share)
+
+
+@pytest.fixture
+def broken_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """A function that puts code where jobs find ``onnx``; its last line is run when the job imports it."""
+
+    def make(code: str) -> None:
+        (tmp_path / "modules").mkdir()
+        (tmp_path / "modules" / "onnx.py").write_text(code, encoding="utf-8")
+        places = [str(tmp_path / "modules"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))
+
+    return make
+
+
+def test_a_job_that_dies(tmp_path: Path, share: Share, broken_job: Callable[[str], None]) -> None:
+    broken_job("import os, sys\nprint('last words', file=sys.stderr, flush=True)\nos._exit(3)\n")
+    with pytest.raises(
+        MeasurementError, match=r"probe ended with code 3 and no result \(its last line: last words\)"
+    ):
+        run_job("probe", {"device": "cpu"}, folder=tmp_path, threads=1, share=share)
+
+
+def test_a_job_that_is_late_is_ended_with_all_that_it_started(
+    tmp_path: Path, broken_job: Callable[[str], None]
+) -> None:
+    log = tmp_path / "pids"
+    broken_job(
+        "import os, pathlib, time\nchild = os.fork()\n"
+        f"with pathlib.Path({str(log)!r}).open('a') as file:\n    file.write(f'{{os.getpid()}}\\n')\n"
+        "time.sleep(600)\n"
+    )
+    clock = Clock(seconds=100)
+    share = replace(clock.share(50), end=clock.spent + 3)
+    with pytest.raises(MeasurementError, match="probe was not done after 3 s, the time of its step"):
+        run_job("probe", {"device": "cpu"}, folder=tmp_path, threads=1, share=share)
+    pids = [int(line) for line in log.read_text().split()]
+    assert len(pids) == 2
+    # Whoever collects orphans here may leave the child a zombie; and it takes a moment to die.
+    patience = time.monotonic() + 60
+    while any(map(lives, pids)):
+        assert time.monotonic() < patience
+        time.sleep(0.01)
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"other": 1}'])
+def test_what_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: Share, text: str) -> None:
+    # The interpreter that would run the job writes this instead.
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\nprintf '%s' '{text}' >\"$7\"\n", encoding="utf-8")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with pytest.raises(MeasurementError, match="probe ended with code 0 and no result"):
+        run_job("probe", {}, folder=tmp_path, threads=1, share=share)
+
+
+def test_a_result_that_json_cannot_carry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["jobs", "odd", str(place)])
+    monkeypatch.setattr(sys, "stdin", (tmp_path / "request").open("w+"))
+    sys.stdin.write("{}")
+    sys.stdin.seek(0)
+    monkeypatch.setattr(jobs, "JOBS", {"odd": lambda request: {"value": float("nan")}})
+    with sys.stdin:
+        assert jobs.main() == 1
+    assert json.loads(place.read_text())["error"].startswith("ValueError: Out of range float")
