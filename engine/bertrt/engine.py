@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, cast, overload
+from typing import Literal, Self, cast, overload
 
 from bertrt.architecture import BertArchitecture
 from bertrt.backends.base import Backend, Float32
@@ -129,14 +129,22 @@ class Engine:
         return load_whole(
             resolve(path, verify=verify),
             lambda folder: cls._of_folder(
-                folder, backend, token_budget, threads=threads, provider=provider, devices=gpus, verify=verify
+                folder, backend, threads, token_budget, verify=verify, provider=provider, devices=gpus
             ),
             discard=cls.close,
         )
 
     @classmethod
     def _of_folder(
-        cls, folder: EngineFolder, backend: str | None, token_budget: int, *, verify: bool, **placement: Any
+        cls,
+        folder: EngineFolder,
+        backend: str | None,
+        threads: int | None,
+        token_budget: int,
+        *,
+        verify: bool,
+        provider: Provider | None,
+        devices: tuple[int, ...],
     ) -> Self:
         # Imported when an engine is loaded: it looks for the backends' libraries.
         from bertrt.backends.registry import create_backend
@@ -148,7 +156,7 @@ class Engine:
         if verify:
             folder.check(hashes=[name for name in TOKENIZER_FILES if name in folder.manifest.files])
         tokenizer = WordPieceTokenizer.from_folder(folder.path, folder.manifest.files)
-        running = create_backend(backend, folder, verify=verify, **placement)
+        running = create_backend(backend, folder, threads, provider=provider, devices=devices, verify=verify)
         try:
             return cls(
                 backend=running,

@@ -66,7 +66,10 @@ def registry(monkeypatch: pytest.MonkeyPatch, make_engine: Any) -> list[Any]:
     """Makes `Engine.load` take a PyTorch backend; holds what was asked of the registry and what it gave."""
     calls: list[Any] = []
 
-    def create(name: str | None, opened: EngineFolder, threads: int | None, *, verify: bool) -> Any:
+    def create(
+        name: str | None, opened: EngineFolder, threads: int | None, *, verify: bool, **placement: Any
+    ) -> Any:
+        assert placement == {"provider": None, "devices": ()}
         calls.append((name, opened.path, threads, make_engine().backend))
         return calls[-1][-1]
 
@@ -162,13 +165,15 @@ def test_a_folder_that_is_replaced_while_it_is_loaded(
     create = bertrt.backends.registry.create_backend
     made: list[Any] = []
 
-    def replacing(name: str | None, opened: EngineFolder, threads: int | None, *, verify: bool) -> Any:
+    def replacing(
+        name: str | None, opened: EngineFolder, threads: int | None, *, verify: bool, **placement: Any
+    ) -> Any:
         if len(made) < times:
             put_in_place(demo_engine("int8" if opened.manifest.precision == "fp32" else "fp32"), target)
         made.append(opened.manifest.precision)
         if failing and len(made) <= times:
             raise BackendRunError("half of one model, half of another")
-        return create(name, opened, threads, verify=verify)
+        return create(name, opened, threads, verify=verify, **placement)
 
     monkeypatch.setattr(bertrt.backends.registry, "create_backend", replacing)
     if times == 3:
@@ -189,7 +194,7 @@ def test_a_fault_of_a_folder_that_stays_is_told_at_once(
 ) -> None:
     calls = []
 
-    def fail(*asked: Any, verify: bool) -> Any:
+    def fail(*asked: Any, verify: bool, **placement: Any) -> Any:
         calls.append(asked)
         raise BackendRunError("out of memory")
 
