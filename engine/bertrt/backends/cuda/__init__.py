@@ -248,7 +248,7 @@ def load_module(name: str) -> ModuleType:
         if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == "cuda":
             raise BackendUnavailableError(
                 'cuda-bindings, NVIDIA\'s Python interface to CUDA, is not installed; pip install "bertrt[tensorrt]", '
-                'or "bertrt[tensorrt-rtx]"'
+                '"bertrt[tensorrt-rtx]" or "bertrt[cuda]"'
             ) from error
         raise BackendUnavailableError(
             f"cuda-bindings is installed but does not load ({error}); "
