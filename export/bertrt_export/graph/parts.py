@@ -72,7 +72,7 @@ def build_typed_standard(
     """``model.onnx``: all parts in one graph with the interface that optimum, trtexec and bare sessions know."""
     builder = _typed_builder(model, weights, precision, scales)
     graph = builder.standard()
-    check_fused(graph, builder.fused(ENCODER) | {}, f"standard, {precision}", at_least=True)
+    check_fused(graph, builder.fused(ENCODER), f"standard, {precision}", at_least=True)
     return graph
 
 
