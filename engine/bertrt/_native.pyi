@@ -17,10 +17,11 @@ class Error(Exception):
 class Engine:
     """A weight file opened for runs. May be used by many threads at once."""
 
-    def __init__(self, path: str, threads: int = 0, pin: bool = False, verify: bool = True) -> None:
+    def __init__(self, path: str, threads: int = 0, pin: bool = False, verify: bool = True, huge: bool = False) -> None:
         """
         Open a weight file (not an engine folder). ``threads`` of each run; 0: the processors that the process may
-        use. ``pin`` binds them to processors, ``verify`` compares the checksums of the weights.
+        use. ``pin`` binds them to processors, ``verify`` compares the checksums of the weights, ``huge`` copies them into
+        pages of 2 MB.
         """
 
     def run(self, input_ids: numpy.typing.NDArray[numpy.int32], token_type_ids: numpy.typing.NDArray[numpy.int32], offsets: numpy.typing.NDArray[numpy.int64], *, mlm_positions: numpy.typing.NDArray[numpy.int64] | None = None, mlm_logits: bool = False, top_k: int = 0, candidates: numpy.typing.NDArray[numpy.int64] | None = None, hidden_states: bool = False, pooled: bool = False, nsp: bool = False, layers: bool = False) -> dict[str, numpy.typing.NDArray[Any]]:

@@ -46,7 +46,7 @@ typedef struct bertrt_options {
   int32_t threads; /* of each run; 0: the processors that the process may use */
   int32_t pin;     /* 1: bind the library's threads to processors */
   int32_t verify;  /* 1: compare the checksums of the weights, which reads the whole file */
-  int32_t reserved; /* 0 */
+  int32_t huge_pages; /* 1: copy the weights into pages of 2 MB: short batches are faster, but no process shares them */
 } bertrt_options;
 
 #define BERTRT_OPTIONS_INIT {sizeof(bertrt_options), 0, 0, 1, 0}

@@ -132,6 +132,7 @@ bertrt_status bertrt_open(const char* folder, const bertrt_options* options, ber
       known.threads = given.threads;
       known.pin = given.pin != 0;
       known.verify = given.verify != 0;
+      known.huge = given.huge_pages != 0;
     }
     *engine = std::make_unique<bertrt_engine>(find_weights(folder), known).release();
   });

@@ -367,7 +367,7 @@ Engine::Engine(const std::string& path, const Options& options) : state_(std::ma
   for (int i = 0; i < kIsaCount; ++i) {
     if (kernels_of(static_cast<Isa>(i)) == state_->table) state_->isa = isa_name(static_cast<Isa>(i));
   }
-  state_->weights = Weights::open(path.c_str(), options.verify);
+  state_->weights = Weights::open(path.c_str(), options.verify, options.huge);
   state_->threads = options.threads > 0 ? options.threads : usable_processors();
   state_->pin = options.pin;
 }

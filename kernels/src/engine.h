@@ -13,6 +13,7 @@ struct Options {
   int threads = 0;      // of each run; 0: the processors that the process may use
   bool pin = false;     // bind the workers to processors
   bool verify = true;   // compare checksums of the weights
+  bool huge = false;    // a copy of the weights in huge pages
 };
 
 // Sequences laid end to end; sequence i is offsets[i] .. offsets[i + 1].

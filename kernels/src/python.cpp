@@ -191,13 +191,14 @@ NB_MODULE(_native, module) {
   nb::class_<bertrt::Engine>(module, "Engine", "A weight file opened for runs. May be used by many threads at once.")
       .def(
           "__init__",
-          [](bertrt::Engine* self, const std::string& path, int threads, bool pin, bool verify) {
+          [](bertrt::Engine* self, const std::string& path, int threads, bool pin, bool verify, bool huge) {
             const nb::gil_scoped_release released;
-            new (self) bertrt::Engine(path, {threads, pin, verify});
+            new (self) bertrt::Engine(path, {threads, pin, verify, huge});
           },
-          "path"_a, "threads"_a = 0, "pin"_a = false, "verify"_a = true,
+          "path"_a, "threads"_a = 0, "pin"_a = false, "verify"_a = true, "huge"_a = false,
           "Open a weight file (not an engine folder). ``threads`` of each run; 0: the processors that the process may\n"
-          "use. ``pin`` binds them to processors, ``verify`` compares the checksums of the weights.")
+          "use. ``pin`` binds them to processors, ``verify`` compares the checksums of the weights, ``huge`` copies them into\n"
+          "pages of 2 MB.")
       .def("run", &run, "input_ids"_a.noconvert(), "token_type_ids"_a.noconvert(), "offsets"_a.noconvert(),
            nb::kw_only(), "mlm_positions"_a.noconvert() = nb::none(), "mlm_logits"_a = false, "top_k"_a = 0,
            "candidates"_a.noconvert() = nb::none(), "hidden_states"_a = false, "pooled"_a = false, "nsp"_a = false,

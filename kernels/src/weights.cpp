@@ -245,9 +245,9 @@ void read_model(const WeightBytes& file, bool verify, Model& model, std::vector<
 Weights::Weights() : state_(std::make_unique<State>()) {}
 Weights::~Weights() = default;
 
-std::unique_ptr<Weights> Weights::open(const char* path, bool verify) {
+std::unique_ptr<Weights> Weights::open(const char* path, bool verify, bool huge) {
   try {
-    auto mapping = std::make_unique<Mapping>(path);
+    auto mapping = std::make_unique<Mapping>(path, huge);
     std::unique_ptr<Weights> weights = parse(mapping->data(), mapping->size(), path, verify);
     weights->state_->mapping = std::move(mapping);
     return weights;

@@ -192,8 +192,14 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
             self.code = code
 
     class FakeEngine:
-        def __init__(self, path: str, threads: int, pin: bool, verify: bool) -> None:
-            self.opened = {"path": path, "threads": threads, "pin": pin, "verify": verify}
+        def __init__(self, path: str, threads: int, pin: bool, verify: bool, huge: bool) -> None:
+            self.opened = {
+                "path": path,
+                "threads": threads,
+                "pin": pin,
+                "verify": verify,
+                "huge": huge,
+            }
             if module.fails_to_load:
                 raise module.fails_to_load
             self.threads, self.isa = threads, module.active_isa()
@@ -239,6 +245,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.setitem(sys.modules, "bertrt._native", module)
     monkeypatch.delenv("BERTRT_ISA", raising=False)
     monkeypatch.delenv("BERTRT_PIN_THREADS", raising=False)
+    monkeypatch.delenv("BERTRT_HUGE_PAGES", raising=False)
     return module
 
 

@@ -361,6 +361,32 @@ def test_threads_that_stay_on_their_processors(
     assert os.sched_getaffinity(0) == mine
 
 
+def test_weights_in_huge_pages(demo_engine: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = EngineFolder.open(demo_engine("int8"), verify=False)
+    batch = packed([sequence(length, 0) for length in (64, 9)])
+    wanted = everything(batch, [3, 70])
+    expected = NativeBackend(folder, threads=2).run(batch, wanted)
+    monkeypatch.setenv("BERTRT_HUGE_PAGES", "1")
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not switch.exists() or "[never]" in switch.read_text(encoding="ascii"):
+        with pytest.raises(BackendUnavailableError, match="huge pages were asked for, but this system has"):
+            NativeBackend(folder, threads=2)
+        return
+
+    def times_mapped() -> int:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+        return maps.count(str(folder.path / "model.bertrt"))
+
+    before = times_mapped()
+    backend = NativeBackend(folder, threads=2)
+    assert_same_bits(backend.run(batch, wanted), expected)
+    assert times_mapped() == before  # a copy, then
+    monkeypatch.setenv("BERTRT_HUGE_PAGES", "0")
+    other = NativeBackend(folder, threads=2)
+    assert_same_bits(other.run(batch, wanted), expected)
+    assert times_mapped() == before + 1
+
+
 @pytest.mark.parametrize("value", ["sse9", "AVX2", "avx2,amx"])
 def test_an_instruction_set_that_there_is_not(
     value: str, demo_engine: Callable[..., Path], monkeypatch: pytest.MonkeyPatch

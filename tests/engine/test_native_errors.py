@@ -70,22 +70,30 @@ def test_how_the_weights_are_opened(
     folder: EngineFolder, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bertrt.backends.native.usable_cpus", lambda: 3)
-    for value, pin in ((None, False), ("", False), ("0", False), ("1", True)):
+    for value, on in ((None, False), ("", False), ("0", False), ("1", True)):
         if value is not None:
             monkeypatch.setenv("BERTRT_PIN_THREADS", value)
+            monkeypatch.setenv("BERTRT_HUGE_PAGES", value)
         backend = NativeBackend(folder)
         assert (backend.name, backend.threads, backend.pads, backend.isa) == ("native", 3, False, "quick")
         weights = str(folder.path / "model.bertrt")
         # The folder compares the SHA-256 of the whole file, so the checksums inside it need not be.
-        assert kernels.engines[-1].opened == {"path": weights, "threads": 3, "pin": pin, "verify": False}
+        assert kernels.engines[-1].opened == {
+            "path": weights,
+            "threads": 3,
+            "pin": on,
+            "verify": False,
+            "huge": on,
+        }
 
 
+@pytest.mark.parametrize("variable", ["BERTRT_PIN_THREADS", "BERTRT_HUGE_PAGES"])
 @pytest.mark.parametrize("value", ["yes", "2", " 1", "on"])
 def test_a_variable_that_is_neither_0_nor_1(
-    value: str, folder: EngineFolder, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+    value: str, variable: str, folder: EngineFolder, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("BERTRT_PIN_THREADS", value)
-    with pytest.raises(InputError, match=rf"BERTRT_PIN_THREADS must be 0 or 1, got '{value}'"):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InputError, match=rf"{variable} must be 0 or 1, got '{value}'"):
         NativeBackend(folder)
     assert kernels.engines == []
 

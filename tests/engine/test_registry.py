@@ -183,14 +183,15 @@ class TestAnInstructionSetThatTheProcessorLacks:
         assert backend.isa == "plain"
 
 
-def test_a_wish_for_pinned_threads_that_means_nothing(
-    folder: Path, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("variable", ["BERTRT_PIN_THREADS", "BERTRT_HUGE_PAGES"])
+def test_a_wish_that_means_nothing(
+    variable: str, folder: Path, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("BERTRT_PIN_THREADS", "2")
+    monkeypatch.setenv(variable, "2")
     status = backend_status()[0]
     assert (status.available, status.blocked) == (False, True)
-    assert status.reason.startswith("BERTRT_PIN_THREADS must be 0 or 1, got '2'")
-    with pytest.raises(BackendUnavailableError, match="native: BERTRT_PIN_THREADS must be 0 or 1"):
+    assert status.reason.startswith(f"{variable} must be 0 or 1, got '2'")
+    with pytest.raises(BackendUnavailableError, match=f"native: {variable} must be 0 or 1"):
         create_backend(None, EngineFolder.open(folder))
 
 

@@ -38,6 +38,7 @@ class Options(ctypes.Structure):
         ("threads", ctypes.c_int32),
         ("pin", ctypes.c_int32),
         ("verify", ctypes.c_int32),
+        ("huge_pages", ctypes.c_int32),
     ]
 
 
@@ -316,6 +317,10 @@ def test_options(library: ctypes.CDLL, folder: Path) -> None:
     assert open_with(threads=3, pin=1) == OK
     assert library.bertrt_threads(opened) == 3
     assert library.bertrt_isa(opened).decode() == native.active_isa()
+    library.bertrt_close(opened)
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    on = switch.exists() and "[never]" not in switch.read_text(encoding="ascii")
+    assert open_with(huge_pages=1) == (OK if on else UNSUPPORTED)
     library.bertrt_close(opened)
     assert open_with(threads=-2) == INVALID_ARGUMENT
     assert opened.value is None

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 NAME: Final = "native"
 ISA_VARIABLE: Final = "BERTRT_ISA"
 PIN_VARIABLE: Final = "BERTRT_PIN_THREADS"
+HUGE_VARIABLE: Final = "BERTRT_HUGE_PAGES"
 
 _MODULE: Final = "bertrt._native"
 _ERRORS: Final[Mapping[str, type[BertRTError]]] = {
@@ -71,17 +72,19 @@ class NativeBackend:
     """Runs an engine folder's weight file with the native kernels.
 
     The environment variable ``BERTRT_ISA`` names the instruction set (by default the best that the processor
-    has), and ``BERTRT_PIN_THREADS=1`` binds each thread to a processor.
+    has), ``BERTRT_PIN_THREADS=1`` binds each thread to a processor, and ``BERTRT_HUGE_PAGES=1`` copies the
+    weights into pages of 2 MB, which the process then has for itself.
 
     Args:
         folder: the engine; whoever opened it has compared the weight file's SHA-256, or chose not to.
         threads: of each run; by default the CPUs that the process may use.
 
     Raises:
-        BackendUnavailableError: the kernels are not built, or not for the instruction set that was asked for.
+        BackendUnavailableError: the kernels are not built, or not for the instruction set that was asked for,
+            or huge pages are asked for where the system has them switched off.
         WeightFileError: the weight file is corrupt or foreign.
         ShapeMismatchError: it is not the one of the manifest's architecture, precision and heads.
-        InputError: ``BERTRT_PIN_THREADS`` is neither 0 nor 1.
+        InputError: ``BERTRT_PIN_THREADS`` or ``BERTRT_HUGE_PAGES`` is neither 0 nor 1.
         BackendRunError: not enough memory or threads.
     """
 
@@ -90,9 +93,11 @@ class NativeBackend:
         if "weights" not in manifest.backends[NAME]:
             raise ManifestError(f"engine.json: backend {NAME!r} names no 'weights'; export the engine again")
         path = folder.file(manifest.backends[NAME]["weights"])
-        kernels, pin = load_kernels(), pins_threads()
+        kernels, pin, huge = load_kernels(), pins_threads(), takes_huge_pages()
         try:
-            engine = kernels.Engine(str(path), threads=threads or usable_cpus(), pin=pin, verify=False)
+            engine = kernels.Engine(
+                str(path), threads=threads or usable_cpus(), pin=pin, verify=False, huge=huge
+            )
         except (kernels.Error, MemoryError) as error:
             raise _error(error, "the native backend cannot load the engine") from error
         _check_architecture(engine.architecture, manifest)
@@ -223,9 +228,22 @@ def pins_threads() -> bool:
     Raises:
         InputError: it is set to anything but 0 and 1.
     """
-    value = os.environ.get(PIN_VARIABLE, "")
+    return _switched_on(PIN_VARIABLE)
+
+
+def takes_huge_pages() -> bool:
+    """Whether ``BERTRT_HUGE_PAGES`` asks for a copy of the weights in pages of 2 MB.
+
+    Raises:
+        InputError: it is set to anything but 0 and 1.
+    """
+    return _switched_on(HUGE_VARIABLE)
+
+
+def _switched_on(variable: str) -> bool:
+    value = os.environ.get(variable, "")
     if value not in {"", "0", "1"}:
-        raise InputError(f"{PIN_VARIABLE} must be 0 or 1, got {value!r}; correct the variable or unset it")
+        raise InputError(f"{variable} must be 0 or 1, got {value!r}; correct the variable or unset it")
     return value == "1"
 
 

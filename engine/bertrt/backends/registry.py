@@ -82,7 +82,7 @@ def create_backend(
         InputError: threads, provider or devices are out of range, or do not suit the backend.
         BackendUnavailableError: the named backend cannot run here, or the folder has no files for it. Also the
             best one when it is there but does not load, or cannot do what a variable asks of it
-            (``BERTRT_ISA``, ``BERTRT_PIN_THREADS``): another one instead would be a surprise.
+            (``BERTRT_ISA``, ``BERTRT_PIN_THREADS``, ``BERTRT_HUGE_PAGES``): another one instead would be a surprise.
         BackendRunError, EngineFolderError: the backend cannot load the engine.
     """
     placement = Placement.make(threads=threads, provider=provider, devices=devices)
@@ -166,6 +166,7 @@ def _native_status() -> BackendStatus:
     try:
         isa = native.active_isa()
         native.pins_threads()
+        native.takes_huge_pages()
     except (BackendUnavailableError, InputError) as error:
         # The portable kernels run anywhere, so it is a variable that stands in the way.
         return BackendStatus(name=name, available=False, version=version, reason=str(error), blocked=True)
