@@ -9,8 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Final, NoReturn, get_args
+from typing import Final, get_args
 
 from bertrt.cli.command import EXIT_BAD_INPUT, EXIT_CHECK_FAILED, EXIT_OK
 from bertrt.cli.console import note, printable
@@ -19,10 +18,9 @@ from bertrt.errors import BertRTError
 from bertrt_bench.gpu.device import Gpu
 from bertrt_bench.gpu.options import DEFAULT_MINUTES, Device, GpuOptions
 from bertrt_bench.gpu.run import run
+from bertrt_bench.signals import ENDED_BY_SIGNAL, signals_raise
 
 _PROGRAM: Final = "python -m bertrt_bench.gpu"
-# What shells give to a program that ended by a signal: 128 and the signal's number.
-_ENDED_BY_SIGNAL: Final = 128
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stack.enter_context(_variables(gpu.environment))
             record = run(options, gpu=gpu)
     except KeyboardInterrupt:
-        return _fail("interrupted; the record holds what was measured", _ENDED_BY_SIGNAL + signal.SIGINT)
+        return _fail("interrupted; the record holds what was measured", ENDED_BY_SIGNAL + signal.SIGINT)
     except BertRTError as error:
         return _fail(str(error), EXIT_BAD_INPUT)
     except OSError as error:
@@ -133,26 +131,11 @@ def _variables(changes: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Let a polite request to end unwind the stack, so that the record is kept and every process ended on the way."""
-
-    def end(number: int, _frame: FrameType | None) -> NoReturn:
-        raise SystemExit(_ENDED_BY_SIGNAL + number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _fail(message: str, code: int) -> int:
     sys.stderr.write(f"{_PROGRAM}: error: {printable(' '.join(message.split()))}\n")
     return code
 
 
 if __name__ == "__main__":
-    with _signals_raise():
+    with signals_raise():
         sys.exit(main())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
-from bertrt.cli.console import human_bytes, printable
+from bertrt.cli.console import human_bytes
+from bertrt_bench.markdown import cell, number, table
 from bertrt_export.drift.figures import FIGURES
 
 _Json = Mapping[str, Any]
@@ -40,7 +41,7 @@ def _notices(record: _Json) -> list[str]:
             "",
         ]
     if record["failed"]:
-        lines += ["**Failed:**", "", *(f"- {_cell(line)}" for line in record["failed"]), ""]
+        lines += ["**Failed:**", "", *(f"- {cell(line)}" for line in record["failed"]), ""]
     return lines
 
 
@@ -50,12 +51,12 @@ def _facts(record: _Json) -> list[str]:
     if gpu is not None:
         power = "" if gpu["power_limit_w"] is None else f", at most {gpu['power_limit_w']:.0f} W"
         lines.append(
-            f"- GPU: {_cell(gpu['name'])}, compute capability {gpu['compute_capability']}, "
+            f"- GPU: {cell(gpu['name'])}, compute capability {gpu['compute_capability']}, "
             f"{human_bytes(gpu['memory_bytes'])} ({human_bytes(gpu['used_bytes'])} in use before the run){power}; "
             f"driver {gpu['driver']}, CUDA up to {gpu['cuda']}"
         )
     lines.append(
-        f"- host: {_cell(machine['cpu'])}, {machine['usable_cpus']} usable CPUs, {_cell(machine['os'])}, "
+        f"- host: {cell(machine['cpu'])}, {machine['usable_cpus']} usable CPUs, {cell(machine['os'])}, "
         f"{machine['python']}"
     )
     libraries = record["libraries"].get("libraries", {})
@@ -70,13 +71,11 @@ def _facts(record: _Json) -> list[str]:
         weights = ": random weights, whose answers mean nothing" if subject["kind"] == "random" else ""
         mix = subject["mix"]
         lines += [
-            f"- model: {_cell(subject['name'])}{weights}",
-            f"- mix: {mix['paragraphs']} paragraphs of {_cell(mix['text'])}, {mix['least']} to {mix['most']} tokens, "
+            f"- model: {cell(subject['name'])}{weights}",
+            f"- mix: {mix['paragraphs']} paragraphs of {cell(mix['text'])}, {mix['least']} to {mix['most']} tokens, "
             f"together {mix['tokens']:,}; all are one run, sorted by length, in blocks of each one's best size",
         ]
-        lines += [
-            f"- left out: {_cell(case)}: {_cell(reason)}" for case, reason in subject["left_out"].items()
-        ]
+        lines += [f"- left out: {cell(case)}: {cell(reason)}" for case, reason in subject["left_out"].items()]
     settings = record["settings"]
     lines += [
         f"- a time is {settings['included']}",
@@ -100,8 +99,8 @@ def _latency(record: _Json) -> list[str]:
             rows.append(
                 (
                     name,
-                    *(_number(timings[figure]) for figure in ("p50_ms", "p90_ms", "p99_ms")),
-                    _number(timings["sequences_per_second"]),
+                    *(number(timings[figure]) for figure in ("p50_ms", "p90_ms", "p99_ms")),
+                    number(timings["sequences_per_second"]),
                     f"{timings['tokens_per_second']:,.0f}",
                     f"{found['operations_per_second'] / 1e12:,.2f}",
                     _NONE
@@ -126,7 +125,7 @@ def _latency(record: _Json) -> list[str]:
             "runs in rounds",
             "error",
         )
-        lines += [f"## {case['task']}, {shape}", "", *_table(heading, rows), ""]
+        lines += [f"## {case['task']}, {shape}", "", *table(heading, rows), ""]
     return lines
 
 
@@ -150,7 +149,7 @@ def _contestants(record: _Json) -> list[str]:
     return [
         "## Contestants",
         "",
-        *_table(("", "", "device memory", "ready after s", "how"), rows, right=(2, 3)),
+        *table(("", "", "device memory", "ready after s", "how"), rows, right=(2, 3)),
         "",
     ]
 
@@ -176,7 +175,7 @@ def _engines(record: _Json) -> list[str]:
     return [
         "## Engines",
         "",
-        *_table(("", "exported", "export s", "build s", "plan"), rows, right=(1, 2, 3)),
+        *table(("", "exported", "export s", "build s", "plan"), rows, right=(1, 2, 3)),
         "",
     ]
 
@@ -192,23 +191,23 @@ def _drift(record: _Json) -> list[str]:
         cells = []
         for step in steps:
             found = step["found"]
-            cell = FIGURES[name].write(found["figures"][name]) if name in found["figures"] else _NONE
+            written = FIGURES[name].write(found["figures"][name]) if name in found["figures"] else _NONE
             over = any(violation.startswith(f"{name} ") for violation in found["violations"])
-            cells.append(f"**{cell}** over budget" if over else cell)
+            cells.append(f"**{written}** over budget" if over else written)
         rows.append((FIGURES[name].title, *cells))
     told = [
-        f"- {step['precision']}: {_cell(step['found']['source'])}, {step['found']['backend']}, against "
-        f"{_cell(step['found']['reference'])}; {'over' if step['found']['violations'] else 'within'} its budgets"
+        f"- {step['precision']}: {cell(step['found']['source'])}, {step['found']['backend']}, against "
+        f"{cell(step['found']['reference'])}; {'over' if step['found']['violations'] else 'within'} its budgets"
         for step in steps
     ]
     return [
         "## Drift",
         "",
-        f"{first['examples']:,} examples of {_cell(first['text'])}, {first['masked']:,} masked positions.",
+        f"{first['examples']:,} examples of {cell(first['text'])}, {first['masked']:,} masked positions.",
         "",
         *told,
         "",
-        *_table(("", *(step["precision"] for step in steps)), rows),
+        *table(("", *(step["precision"] for step in steps)), rows),
         "",
     ]
 
@@ -225,7 +224,7 @@ def _turns(record: _Json) -> list[str]:
     return [
         "## Turns",
         "",
-        *_table(("", "rounds", "complete", "GPU before", "GPU after"), rows, right=()),
+        *table(("", "rounds", "complete", "GPU before", "GPU after"), rows, right=()),
         "",
     ]
 
@@ -234,10 +233,10 @@ def _rest(record: _Json) -> list[str]:
     lines = []
     for step in record["steps"]:
         if step["outcome"] != "done":
-            lines.append(f"- {step['name']} {step['outcome']}: {_cell(step['reason'])}")
+            lines.append(f"- {step['name']} {step['outcome']}: {cell(step['reason'])}")
         cases = step["found"].get("left_out", {})
         lines += [
-            f"- {step['name']}, {_cell(case)} left out: {_cell(reason)}" for case, reason in cases.items()
+            f"- {step['name']}, {cell(case)} left out: {cell(reason)}" for case, reason in cases.items()
         ]
     return ["## Not done", "", *lines, ""] if lines else []
 
@@ -251,24 +250,3 @@ def _state(state: _Json | None) -> str:
         return _NONE
     units = {"sm_mhz": "MHz", "memory_mhz": "MHz memory", "temperature_c": "°C", "power_w": "W"}
     return ", ".join(f"{state[name]:.0f} {unit}" for name, unit in units.items() if state[name] is not None)
-
-
-def _table(
-    heading: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] | None = None
-) -> list[str]:
-    """A Markdown table; all columns but the first are numbers, unless ``right`` names those that are."""
-    numbers = range(1, len(heading)) if right is None else right
-    rule = ["---:" if column in numbers else "---" for column in range(len(heading))]
-    return [f"| {' | '.join(map(_cell, row))} |" for row in (heading, rule, *rows)]
-
-
-def _cell(text: str) -> str:
-    """Text that cannot break out of its place: no control characters, no bars, no markup of HTML."""
-    return printable(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;")
-
-
-def _number(value: float) -> str:
-    """Three significant digits, or all the digits of a larger number."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
