@@ -268,7 +268,7 @@ def fake_plans(
         key = library, profiles, most_mlm_rows
         if key not in made:
             out = tmp_path_factory.mktemp("plans") / "engine"
-            made[key] = machine.fake_tensorrt.build_plans(
+            made[key] = machine.fake_plans.build_plans(
                 gpu_engine("fp32"), out, profiles, library=library, most_mlm_rows=most_mlm_rows
             )
         return made[key]

@@ -63,6 +63,9 @@ def check(found: Any, expected: Any) -> None:
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
 
 
+# What may fail while a graph is captured: then the engine does without.
+CAPTURE = {"cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"}
+NO_GRAPH = "cannot be captured as a CUDA graph, and runs without, which is slower"
 # What gives something back, whose failure is not ours to tell; and what is asked about a failure.
 QUIET = ("cudaFree", "cudaFreeHost", "cudaGetLastError", "cudaGetErrorString", "cudaMemGetInfo", "cuCtx")
 
@@ -118,8 +121,11 @@ def test_calls_that_fail_while_loading_leave_nothing_behind(
 ) -> None:
     names = telling(turns[0])
     assert len(names) > 12
-    for name in names:
-        for at in {1, turns[0].count(name)}:
+    assert set(names) > CAPTURE
+    # The last of them are in a capture.
+    captured = {"library:enqueue", "cudaMemcpyAsync"}
+    for name in sorted(set(names) - CAPTURE):
+        for at in {1, turns[0].count(name)} if name not in captured else {1}:
             gpu.fail(name, E.cudaErrorInvalidValue, at=at)
             with pytest.raises((BackendRunError, BackendUnavailableError)) as caught:
                 TensorRTBackend(folder)
@@ -133,7 +139,9 @@ def test_calls_that_fail_in_a_run_leave_the_engine_usable(
     gpu: Any, folder: EngineFolder, turns: dict[int, list[str]], expected: Any, turn: int
 ) -> None:
     """In a shape's first run, the first by its own context, its capture, its graph."""
-    for name in telling(turns[turn]):
+    for name in sorted(set(telling(turns[turn])) - CAPTURE):
+        if turn == 3 and name in {"library:enqueue", "cudaMemcpyAsync"}:
+            continue  # of a capture: see below
         with_failure = TensorRTBackend(folder)
         for _ in range(turn - 1):
             with_failure.run(BATCH, WANTED)
@@ -147,6 +155,43 @@ def test_calls_that_fail_in_a_run_leave_the_engine_usable(
         del caught
         gc.collect()
         assert not gpu.live(), name
+
+
+@pytest.mark.parametrize("name", [*sorted(CAPTURE), "library:enqueue", "cudaMemcpyAsync"])
+def test_a_capture_that_fails_costs_no_answer(
+    gpu: Any, folder: EngineFolder, turns: dict[int, list[str]], expected: Any, name: str
+) -> None:
+    backend = TensorRTBackend(folder)
+    prepared = gpu.live()["executables"]
+    for _ in range(2):
+        check(backend.run(BATCH, WANTED), expected)
+    gpu.fail(name, E.cudaErrorInvalidValue)
+    with pytest.warns(RuntimeWarning, match=f"^the encoder {NO_GRAPH}.*InvalidValue") as caught:
+        check(backend.run(BATCH, WANTED), expected)
+    assert len(caught) == 1
+    # Said once; and the pooler, which nothing befell, has its graph.
+    for _ in range(3):
+        check(backend.run(BATCH, WANTED), expected)
+    assert gpu.live()["executables"] == prepared + 1
+    backend.close()
+    gc.collect()
+    assert not gpu.live()
+
+
+def test_a_library_that_lets_nothing_be_captured(gpu: Any, folder: EngineFolder, expected: Any) -> None:
+    gpu.refuses_captures = True
+    with pytest.warns(RuntimeWarning, match=NO_GRAPH) as caught:
+        backend = TensorRTBackend(folder)
+    # For each part, and not for each shape.
+    assert [str(warning.message).split()[1] for warning in caught] == ["encoder", "mlm", "pooler"]
+    assert "update TensorRT or the NVIDIA driver" in str(caught[0].message)
+    assert "operation not permitted when capturing" in str(caught[0].message)
+    gpu.calls.clear()
+    for _ in range(5):
+        check(backend.run(BATCH, WANTED), expected)
+    assert not CAPTURE & set(gpu.calls)
+    backend.close()
+    assert not gpu.live()
 
 
 @pytest.mark.parametrize("turn", [1, 3, 4])
@@ -184,10 +229,10 @@ def test_a_kernel_that_fails_is_an_error_of_its_own_run(
     backend = TensorRTBackend(folder, devices=[0, 1])
 
     def fail(context: Any, *_: Any) -> None:
-        raise context.gpu.illegal_address()
+        raise context._gpu.illegal_address()
 
     with monkeypatch.context() as patch:
-        patch.setattr(machine.fake_tensorrt._Context, "_compute", fail)
+        patch.setattr(machine.fake_tensorrt.IExecutionContext, "_compute", fail)
         # Nothing is copied back, so that only the end of the block waits.
         with pytest.raises(DeviceLostError):
             backend.run(BATCH, Wanted(mlm_positions=np.zeros(0, np.int64), mlm_top_k=1))
@@ -247,48 +292,11 @@ def test_the_librarys_words_are_in_the_error(gpu: Any, folder: EngineFolder) -> 
         DeviceError, match=r"GPU 0: TensorRT could not run the encoder: enqueueV3: .*cudaErrorInvalidValue"
     ):
         backend.run(BATCH, WANTED)
-    gpu.fail("library:enqueue", E.cudaErrorMemoryAllocation)
+    # Tried once more when all graphs are gone.
+    for _ in range(2):
+        gpu.fail("library:enqueue", E.cudaErrorMemoryAllocation)
     with pytest.raises(DeviceMemoryError, match=r"not enough memory to run the encoder.* free .*enqueueV3"):
         backend.run(make_batch([50]), WANTED_OF_ONE)
-    backend.close()
-
-
-@pytest.mark.parametrize("name", ["library:context", "cudaGraphInstantiate"])
-def test_where_there_is_no_memory_for_graphs_there_are_answers(
-    gpu: Any, folder: EngineFolder, expected: Any, name: str
-) -> None:
-    backend = TensorRTBackend(folder)
-    ready = gpu.live()
-    for _ in range(100):
-        gpu.fail(name, E.cudaErrorMemoryAllocation)
-    for _ in range(8):
-        check(backend.run(BATCH, WANTED), expected)
-    # Those that were prepared have made room too.
-    assert ready["executables"] > 0
-    assert gpu.live()["executables"] == 0
-    gpu.failures.clear()
-    for _ in range(3):
-        check(backend.run(BATCH, WANTED), expected)
-    assert gpu.live()["executables"] == 3
-    backend.close()
-    assert not gpu.live()
-
-
-def test_graphs_under_way_are_waited_for_before_they_make_room(
-    gpu: Any, folder: EngineFolder, expected: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # No others, with whose memory the library would wait for all.
-    monkeypatch.setattr("bertrt.backends.tensorrt.worker.MOST_GRAPHS", 2)
-    backend = TensorRTBackend(folder)
-    for _ in range(3):
-        backend.run(BATCH, Wanted(hidden_states=True))
-    for _ in range(2):
-        backend.run(BATCH, Wanted(pooled=True))
-    # The encoder's graph has been launched when there is no memory for the pooler's.
-    gpu.fail("cudaGraphInstantiate", E.cudaErrorMemoryAllocation)
-    found = backend.run(BATCH, Wanted(pooled=True))
-    np.testing.assert_allclose(found.pooled, expected.pooled, rtol=1e-4, atol=1e-4)
-    assert gpu.live()["executables"] == 0
     backend.close()
 
 
@@ -308,7 +316,7 @@ def test_what_a_failed_run_left_under_way_is_waited_for(
     gpu: Any, gpu_engine: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Else the next inputs would go where it still reads: candidates where it looks for positions."""
-    folder = machine.fake_tensorrt.build_plans(
+    folder = machine.fake_plans.build_plans(
         gpu_engine("fp32"), tmp_path / "engine", PROFILES, most_mlm_rows=64
     )
     reference = create_backend("onnxruntime", folder, 1, provider="cpu")

@@ -66,9 +66,26 @@ def test_the_first_request_finds_all_prepared(
         assert gpu.calls.count("cudaGraphLaunch") == 6
         assert "library:enqueue" not in gpu.calls
     else:
-        # It captures by itself; a capture of ours around it would be refused.
+        # It captures by itself; a capture of ours around it would be refused. Its kernels are those of the shape, which
+        # no other will take the place of.
         assert "cudaStreamBeginCapture" not in gpu.calls
+        assert gpu.fallbacks == []
     backend.close()
+
+
+def test_a_shape_of_tensorrt_rtx_gets_kernels_of_its_own_when_it_comes_again(
+    gpu: Any, folders: Callable[..., EngineFolder], reference: Any
+) -> None:
+    backend = TensorRTBackend(folders("tensorrt_rtx"))
+    batch, wanted = make_batch([100]), Wanted(hidden_states=True)
+    counts = []
+    for _ in range(4):
+        check_same(backend.run(batch, wanted), reference(batch, wanted))
+        counts.append(len(gpu.fallbacks))
+    # Its first run does not wait for them.
+    assert counts == [1, 1, 1, 1]
+    backend.close()
+    assert not gpu.live()
 
 
 def test_a_shape_that_comes_once_gets_no_context_of_its_own(gpu: Any, folder: EngineFolder) -> None:

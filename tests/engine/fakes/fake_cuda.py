@@ -1,197 +1,24 @@
 """CUDA's runtime without a GPU: ``cuda.bindings.runtime`` and ``cuda.bindings.driver`` on the memory of the host.
 
-As lazy as the real one may be: what is enqueued runs when somebody waits for it, and not before. Memory is fresh with
-every byte set, which in float32 is NaN; an address that no allocation holds is an illegal one, and loses the device; a
-call that a capture forbids fails, and spoils it. What is wrong without an error of its own is in `Gpu.violations`.
+As lazy as the real one may be: what is enqueued runs when somebody waits for it, and not before. What the GPUs are, and
+what they notice, is in `fake_gpu`.
 """
-# ruff: noqa: N802, N816, N818 - the names are CUDA's
+# ruff: noqa: N802 - the names are CUDA's
 
 import ctypes
 import threading
-from collections import Counter
-from enum import IntEnum
 from types import ModuleType, SimpleNamespace
 
-ALIGNMENT = 256
+import fake_gpu
+from fake_gpu import E, Failure, Handle, Stream, cudaError_t
 
 
-_CODES = {"InvalidValue": 1, "MemoryAllocation": 2, "InitializationError": 3, "InsufficientDriver": 35}
-_CODES |= {"NoDevice": 100, "InvalidDevice": 101, "ECCUncorrectable": 214, "InvalidResourceHandle": 400}
-_CODES |= {"IllegalAddress": 700, "LaunchFailure": 719, "StreamCaptureUnsupported": 900, "Unknown": 999}
-_CODES |= {"StreamCaptureInvalidated": 901, "StreamCaptureWrongThread": 908}
-_NAMES = {"cudaSuccess": 0, **{f"cudaError{name}": code for name, code in _CODES.items()}}
-cudaError_t = IntEnum("cudaError_t", _NAMES)
-E = cudaError_t
-LOST = {E.cudaErrorECCUncorrectable, E.cudaErrorIllegalAddress, E.cudaErrorLaunchFailure, E.cudaErrorUnknown}
-
-
-# On a lost device.
-_WORK_ON = {"cudaGetErrorString", "cudaGetLastError", "cudaSetDevice", "cuCtxGetCurrent", "cuCtxSetCurrent"}
-
-
-class Handle(int):
-    """A stream, an event or a graph."""
-
-
-class Failure(Exception):
-    """What a call gives instead of success."""
-
-    def __init__(self, error):
-        super().__init__(error)
-        self.error = error
-
-
-class Allocation:
-    def __init__(self, kind, size, device):
-        self.kind, self.size, self.device = kind, size, device
-        self.memory = ctypes.create_string_buffer(size + ALIGNMENT)
-        start = ctypes.addressof(self.memory)
-        self.address = -(-start // ALIGNMENT) * ALIGNMENT
-        ctypes.memset(self.address, 0xFF, size)
-
-
-class Stream:
-    def __init__(self, device):
-        self.device = device
-        self.pending = []
-        # While it is captured: the thread, what was recorded, and whether that is spoilt.
-        self.capturer, self.recorded, self.spoilt = None, [], False
-
-
-class Gpu:
-    """Some GPUs, and all that anybody has of them.
-
-    Attributes:
-        count: how many there are.
-        capacity: bytes of each.
-        driver: the CUDA version that the driver knows; 0: there is none.
-        calls: the names of all functions that were called, in order.
-        violations: what the real thing would not have reported, but answered with nonsense.
-        contexts: devices that have a context.
-        lost: by device, what every call to it answers.
-        hooks: by the name of a function, what is called before it.
-    """
+class Gpu(fake_gpu.Gpu):
+    """Some GPUs, and the modules of the bindings that reach them."""
 
     def __init__(self, count=1, capacity=1 << 30):
-        self.count, self.capacity = count, capacity
-        self.driver, self.built = 13050, 13000
-        self.calls, self.violations = [], []
-        self.contexts, self.lost = set(), {}
-        self.lock = threading.RLock()
-        self.allocations, self.streams, self.events, self.graphs, self.executables = {}, {}, {}, {}, {}
-        self._local = threading.local()
-        self._handles = 1000
-        self.failures, self.hooks = [], {}
+        super().__init__(count, capacity)
         self.runtime, self.driver_module = _modules(self)
-
-    def fail(self, name, error, *, at=1):
-        """Let the ``at``-th call from now on to a function fail, once."""
-        self.failures.append(SimpleNamespace(name=name, error=error, left=at))
-
-    def live(self):
-        """What has been made and not given back, by kind."""
-        kinds = Counter(allocation.kind for allocation in self.allocations.values())
-        for kind in ("streams", "events", "graphs", "executables"):
-            if held := len(getattr(self, kind)):
-                kinds[kind] = held
-        return kinds
-
-    def used(self, device=0):
-        return sum(a.size for a in self.allocations.values() if a.device == device and a.kind != "pinned")
-
-    # What the fake library builds on.
-
-    @property
-    def current(self):
-        """The device that is current in this thread; None before any was chosen."""
-        return getattr(self._local, "device", None)
-
-    def allocate(self, kind, size, device):
-        if size < 1:
-            raise Failure(E.cudaErrorInvalidValue)
-        if kind != "pinned" and self.used(device) + size > self.capacity:
-            raise Failure(E.cudaErrorMemoryAllocation)
-        allocation = Allocation(kind, size, device)
-        self.allocations[allocation.address] = allocation
-        return allocation.address
-
-    def free(self, address, kinds):
-        allocation = self.allocations.get(address)
-        if allocation is None or allocation.kind not in kinds:
-            raise Failure(E.cudaErrorInvalidValue)
-        # What runs may need it: the real one waits too.
-        for stream in self.streams.values():
-            if stream.device == allocation.device or allocation.kind == "pinned":
-                self.run_pending(stream)
-        del self.allocations[address]
-
-    def find(self, address, size, device):
-        """The allocation that holds these bytes, reachable from a device."""
-        for allocation in self.allocations.values():
-            inside = allocation.address <= address and address + size <= allocation.address + allocation.size
-            if inside and (allocation.kind == "pinned" or allocation.device == device):
-                return allocation
-        return None
-
-    def illegal_address(self):
-        """What a kernel raises that reads or writes where it may not."""
-        return Failure(E.cudaErrorIllegalAddress)
-
-    def enqueue(self, stream, operation):
-        """Let a stream run something later, or record it while it is captured."""
-        if stream.capturer is None:
-            stream.pending.append(operation)
-        elif stream.capturer != threading.get_ident():
-            raise Failure(E.cudaErrorStreamCaptureWrongThread)
-        else:
-            stream.recorded.append(operation)
-
-    def forbid_in_capture(self):
-        """What must not be called by a thread that captures spoils its capture."""
-        for stream in self.streams.values():
-            if stream.capturer == threading.get_ident():
-                stream.spoilt = True
-                raise Failure(E.cudaErrorStreamCaptureUnsupported)
-
-    def run_pending(self, stream, until=None):
-        while stream.pending:
-            operation = stream.pending.pop(0)
-            if self.lost.get(stream.device) is None:
-                try:
-                    operation()
-                except Failure as failure:
-                    self.lost[stream.device] = failure.error
-            if operation is until:
-                break
-
-    def stream(self, handle):
-        stream = self.streams.get(int(handle))
-        if stream is None or stream.device != self.current:
-            raise Failure(E.cudaErrorInvalidResourceHandle)
-        return stream
-
-    def handle(self):
-        self._handles += 1
-        return Handle(self._handles)
-
-    def choose(self, device):
-        self._local.device = device
-        self.contexts |= {device} - {None}
-
-    def check(self, name):
-        """Count a call, and fail it if it shall fail or its device is lost."""
-        self.calls.append(name)
-        if hook := self.hooks.get(name):
-            hook()
-        for failure in self.failures:
-            if failure.name == name and failure.left:
-                failure.left -= 1
-                if not failure.left:
-                    if failure.error in LOST:
-                        self.lost[self.current] = failure.error
-                    raise Failure(failure.error)
-        if self.lost.get(self.current) and name not in _WORK_ON:
-            raise Failure(self.lost[self.current])
 
 
 def _modules(gpu):
@@ -199,7 +26,8 @@ def _modules(gpu):
     runtime.cudaError_t = cudaError_t
     runtime.cudaStreamNonBlocking, runtime.cudaEventDisableTiming, runtime.cudaHostAllocPortable = 1, 2, 1
     runtime.cudaMemcpyKind = SimpleNamespace(cudaMemcpyDefault=4)
-    runtime.cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+    runtime.cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=fake_gpu.THREAD_LOCAL)
+    driver.CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=fake_gpu.THREAD_LOCAL)
 
     def function(module, values=0, *, captured=False):
         """Make a function of a module: with the lock, with the failures, and which a capture forbids or not."""
@@ -395,6 +223,11 @@ def _modules(gpu):
     @function(driver, captured=True)
     def cuCtxSetCurrent(context):
         gpu.choose(context - 1 if context else None)
+
+    @function(driver, 1, captured=True)
+    def cuThreadExchangeStreamCaptureMode(mode):
+        before, gpu.mode = gpu.mode, mode
+        return before
 
     driver.CUcontext = Handle
     return runtime, driver

@@ -4,6 +4,7 @@ import importlib.machinery
 import sys
 
 import fake_cuda
+import fake_plans
 import fake_tensorrt
 import numpy as np
 
@@ -21,7 +22,7 @@ def install(monkeypatch, count=2):
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", gpu.runtime)
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", gpu.driver_module)
     monkeypatch.setattr(trt_library, "_loggers", {})
-    for name in fake_tensorrt.VERSIONS:
+    for name in fake_plans.VERSIONS:
         module = fake_tensorrt.make_library(gpu, name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)

@@ -5,8 +5,12 @@ by us. ``tensorrt_rtx`` compiles better kernels for a shape while it is in use a
 they change; its documentation advises against a capture around that. For both it is advised to have one context for
 each graph, all on the same scratch memory.
 
+A context of `tensorrt_rtx` for one shape has that shape's kernels compiled at its first run, which waits for them, so
+that later ones neither use others nor change them. One for any shape compiles beside its runs, and captures nothing.
+
 Sources: TensorRT's documentation, "CUDA Graphs" (https://docs.nvidia.com/deeplearning/tensorrt/latest/performance/),
-and TensorRT for RTX's, "Working with RTX CUDA Graphs" (https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/).
+and TensorRT for RTX's, "Working with RTX CUDA Graphs" and "Working with Dynamic Shapes"
+(https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/).
 """
 
 from __future__ import annotations
@@ -75,6 +79,10 @@ class PartEngine:
         self._rebuild = rebuild_command(plan, folder.path)
         # An engine may not outlive it.
         self._runtime = runtime
+        # Nor a configuration and its contexts the cache, which the bindings do not keep alive for them.
+        self._cache: Any = None
+        self._config: Any = None
+        self._config_of_shape: Any = None
         self._engine = self._deserialize(runtime, folder, plan, stream)
         try:
             self._check(folder, plan)
@@ -83,41 +91,60 @@ class PartEngine:
                 int(self._engine.get_device_memory_size_for_profile_v2(profile))
                 for profile in range(self.profiles)
             )
-            self._config, self._captures_itself = self._configure(stream)
+            self._configure(stream)
         except BaseException:
             # The error may be kept, and with it whatever it came through.
             self.close()
             raise
 
-    def context(self, profile: int, stream: Stream, scratch: DeviceBuffer) -> Context:
+    def context(self, profile: int, stream: Stream, scratch: DeviceBuffer, *, one_shape: bool) -> Context:
         """A new execution context that runs shapes of a profile.
+
+        Args:
+            profile: by number.
+            stream: of its runs.
+            scratch: `scratch_bytes` for them.
+            one_shape: whether it will run the same shape again and again, and so is worth what that takes.
 
         Raises:
             DeviceError: the library could not make one.
         """
         doing = f"make an execution context of the {self.part}"
-        context = _ask(doing, stream, self._engine.create_execution_context, self._config)
+        config = self._config_of_shape if one_shape else self._config
+        context = _ask(doing, stream, self._engine.create_execution_context, config)
         _ask(doing, stream, context.set_optimization_profile_async, profile, stream.handle)
         _ask(doing, stream, context.set_device_memory, scratch.address, scratch.size, gives=False)
         return Context(self.part, context, stream, captures_itself=self._captures_itself)
 
     def close(self) -> None:
-        """Let go of it, when its contexts are gone."""
-        self._config = self._engine = self._runtime = None
+        """Let go of it, when its contexts are gone; what something depends on goes after it."""
+        self._config = self._config_of_shape = None
+        self._cache = self._engine = self._runtime = None
 
-    def _configure(self, stream: Stream) -> tuple[Any, bool]:
+    def _configure(self, stream: Stream) -> None:
         """How contexts are made, and whether they capture graphs by themselves."""
         module, doing = self._module, f"configure the {self.part}"
-        config = _ask(doing, stream, self._engine.create_runtime_config)
-        config.set_execution_context_allocation_strategy(
-            module.ExecutionContextAllocationStrategy.USER_MANAGED
-        )
-        if not hasattr(config, "cuda_graph_strategy"):
-            return config, False
-        config.cuda_graph_strategy = module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._config = self._config_of_shape = self._make_config(stream)
+        self._captures_itself = hasattr(self._config, "cuda_graph_strategy")
+        if not self._captures_itself:
+            return
+        self._config_of_shape = self._make_config(stream)
+        strategies = module.DynamicShapesKernelSpecializationStrategy
+        self._config.dynamic_shapes_kernel_specialization_strategy = strategies.LAZY
+        self._config.cuda_graph_strategy = module.CudaGraphStrategy.DISABLED
+        self._config_of_shape.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        self._config_of_shape.cuda_graph_strategy = module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         # So that a kernel is compiled once for all contexts.
-        _ask(doing, stream, config.set_runtime_cache, _ask(doing, stream, config.create_runtime_cache))
-        return config, True
+        self._cache = _ask(doing, stream, self._config.create_runtime_cache)
+        for config in (self._config, self._config_of_shape):
+            _ask(doing, stream, config.set_runtime_cache, self._cache)
+
+    def _make_config(self, stream: Stream) -> Any:
+        config = _ask(f"configure the {self.part}", stream, self._engine.create_runtime_config)
+        config.set_execution_context_allocation_strategy(
+            self._module.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        return config
 
     def _deserialize(self, runtime: Any, folder: EngineFolder, plan: Plan, stream: Stream) -> Any:
         path = folder.file(self._name)

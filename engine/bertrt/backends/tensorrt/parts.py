@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 from bertrt.backends.cuda.objects import DeviceBuffer, Graph, PinnedBuffer, Stream, aligned
 from bertrt.backends.parts import CANDIDATES, ENCODER, Array, part_inputs
 from bertrt.backends.tensorrt.engine import Context, PartEngine
+from bertrt.errors import DeviceError, DeviceLostError, DeviceMemoryError
 
 _HIDDEN = "hidden_states"
 
@@ -79,11 +81,12 @@ class Part:
                 buffer = DeviceBuffer(rows * width * dtype.itemsize)
                 made.callback(buffer.close)
             self.outputs[name] = Output(buffer, width, dtype)
+        self._captures = True
         # The profiles' own.
         self._contexts: list[Context] = []
         made.callback(self._close_contexts)
         for profile in range(engine.profiles):
-            self._contexts.append(engine.context(profile, shared.stream, shared.scratch))
+            self._contexts.append(engine.context(profile, shared.stream, shared.scratch, one_shape=False))
 
     @property
     def output_bytes(self) -> int:
@@ -109,9 +112,27 @@ class Part:
 
     def program(self, shape: tuple[int, ...], profile: int) -> Program:
         """A context for a shape alone."""
-        context = self._engine.context(profile, self._shared.stream, self._shared.scratch)
+        context = self._engine.context(profile, self._shared.stream, self._shared.scratch, one_shape=True)
         self._bind(context, shape)
-        return Program(context, self._shared.stream, self._recorder(context, shape))
+        return Program(context, self._recorder(context, shape), self._capture)
+
+    def _capture(self, record: Callable[[], None]) -> Graph | None:
+        """A graph of a run; ``None`` where the library, or CUDA, does not let its runs be captured."""
+        if not self._captures:
+            return None
+        try:
+            return self._shared.stream.capture(record)
+        except (DeviceMemoryError, DeviceLostError):
+            raise
+        except DeviceError as error:
+            self._captures = False
+            warnings.warn(
+                f"the {self._engine.part} cannot be captured as a CUDA graph, and runs without, which is slower; "
+                f"update TensorRT or the NVIDIA driver, or build the plan again: {error}",
+                RuntimeWarning,
+                stacklevel=1,
+            )
+            return None
 
     def _bind(self, context: Context, shape: tuple[int, ...]) -> None:
         places = self._places(shape)
@@ -157,19 +178,30 @@ class Part:
 
 
 class Program:
-    """A shape with a context to itself; from its second run on a graph."""
+    """A shape with a context to itself; from its second run on a graph.
 
-    def __init__(self, context: Context, stream: Stream, record: Callable[[], None]) -> None:
+    Args:
+        context: which runs nothing else.
+        record: enqueues a run.
+        capture: makes a graph of that, or ``None`` if it shall be run without.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        record: Callable[[], None],
+        capture: Callable[[Callable[[], None]], Graph | None],
+    ) -> None:
         self._context = context
-        self._stream = stream
         self._record = record
+        self._capture = capture
         self._settled = False
         self._graph: Graph | None = None
 
     def run(self) -> None:
         """Enqueue one run."""
         if self._settled and self._graph is None and self._context.capturable:
-            self._graph = self._stream.capture(self._record)
+            self._graph = self._capture(self._record)
         if self._graph is None:
             self._record()
             self._settled = True

@@ -1,14 +1,14 @@
 """All that one GPU needs to run a plan: a stream, the engines of the parts, their contexts and graphs, and memory.
 
 Memory is allocated once, for the largest block and the most rows. What comes later are contexts and graphs of shapes
-that are used again, and of those there are at most `MOST_GRAPHS`. All contexts share their scratch memory, since they
-run one after the other on one stream.
+that are used again, and of those there are at most `MOST_GRAPHS`, or as many as memory has proved to hold. All
+contexts share their scratch memory, since they run one after the other on one stream.
 
 A shape's first run is by its profile's own context. From the second run on it has a context to itself, whose first run
 settles what depends on the shape, as TensorRT demands before a capture; the next is captured in a graph, which later
-ones launch. Where memory for that runs out, all contexts and graphs of shapes are given back, and the shape is run as
-at first. A graph holds the copy of the inputs to the device too, as every run needs it. The outputs are copied outside,
-as it is the caller who says which.
+ones launch. Where memory for that runs out, the shape is run as at first, and from then on fewer have a context to
+themselves; where it runs out in a run as at first, all of those are given up for it. A graph holds the copy of the
+inputs to the device too, as every run needs it. The outputs are copied outside, as it is the caller who says which.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ class Worker:
         self._running: set[str] = set()
         self._programs: OrderedDict[Key, Program] = OrderedDict()
         self._seen: set[Key] = set()
+        # Of programs.
+        self._limit = MOST_GRAPHS
         try:
             with on_device(device), ExitStack() as made:
                 self._stream = Stream()
@@ -102,11 +104,11 @@ class Worker:
         shape = found.take(feeds)
         self._running.add(part)
         key = part, shape
-        if key not in self._programs and key not in self._seen:
-            self._seen.add(key)
-            found.run_once(shape, self._profile(part, shape))
-        else:
+        if key in self._programs or (key in self._seen and self._limit):
             self._run_program(key)
+        else:
+            self._seen.add(key)
+            self._run_once(key)
 
     def results(self, part: str, names: Sequence[str], shape: tuple[int, ...]) -> dict[str, Array]:
         """Wait for a part's last run, and copy the named outputs: the first rows, ``[*shape, width]``.
@@ -185,17 +187,32 @@ class Worker:
         try:
             self._program(key).run()
         except DeviceMemoryError:
-            # Contexts and graphs are worth less than an answer, for which the profile's own context has its memory.
             self._stream.synchronize()
+            self._drop(key)
+            # Else each shape that comes again would be tried again, and push out what others have.
+            self._limit = len(self._programs)
+            # The profile's own context has its memory.
+            self._run_once(key)
+
+    def _run_once(self, key: Key) -> None:
+        part, profile = self._parts[key[0]], self._profile(*key)
+        try:
+            part.run_once(key[1], profile)
+        except DeviceMemoryError:
+            if not self._programs:
+                raise
+            # They are worth less than an answer, and if as many came back they would be given up time and again.
+            self._stream.synchronize()
+            self._limit = len(self._programs) // 2
             self._drop_programs()
-            self._parts[key[0]].run_once(key[1], self._profile(*key))
+            part.run_once(key[1], profile)
 
     def _program(self, key: Key) -> Program:
         if key in self._programs:
             self._programs.move_to_end(key)
             return self._programs[key]
         part, shape = key
-        if len(self._programs) >= MOST_GRAPHS:
+        if len(self._programs) >= self._limit:
             self._stream.synchronize()
             oldest = next(iter(self._programs))
             self._drop(oldest)
