@@ -45,7 +45,7 @@ class Suite:
         if case not in self.known:
             (check,) = self.arena.check(case)
             times = take_turns(self.arena, [case], self.options)
-            records = [ContestantRecord.of(process, THREADS) for process in self.arena.contestants]
+            records = [ContestantRecord.of(process) for process in self.arena.contestants]
             self.known[case] = Measured(
                 agreement=check.agreement,
                 times={record.name: times[case, record.name] for record in records},

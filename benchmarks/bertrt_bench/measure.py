@@ -74,7 +74,7 @@ def measure(
         peaks = [arena.peak()]
         times = take_turns(arena, cases, options, on_step=on_step)
         peaks.append(arena.peak())
-        records = [ContestantRecord.of(contestant, options.thread_count) for contestant in arena.contestants]
+        records = [ContestantRecord.of(contestant) for contestant in arena.contestants]
     peak = max((value for value in peaks if value is not None), default=None)
     figures = {
         case: {record.name: summarise(times[case, record.name], case) for record in records} for case in cases

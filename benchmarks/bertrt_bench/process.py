@@ -86,6 +86,13 @@ def worker_environment(base: Mapping[str, str], threads: int, scratch: Path) -> 
 class ContestantProcess:
     """Starts a worker for a contestant; the process ends with the ``with`` block, however that ends.
 
+    Attributes:
+        kind: see below.
+        versions: of the packages that do its work.
+        details: what else decides its speed.
+        threads: that its library says it runs with; ``None`` until that is known.
+        idle_cpu_seconds: processor time that it used while it was another's turn.
+
     Args:
         kind: who takes part.
         setup: what it is told.
@@ -97,6 +104,7 @@ class ContestantProcess:
         self.kind = kind
         self.versions: Mapping[str, str] = {}
         self.details: Mapping[str, str] = {}
+        self.threads: int | None = None
         self.idle_cpu_seconds = 0.0
         self._setup = setup
         self._folder = folder
@@ -112,7 +120,7 @@ class ContestantProcess:
                 "starting", {"op": "open", "factory": self.kind.factory, "setup": self._setup.to_json()}
             )
             self.versions = _strings(opened.get("versions"))
-            self.details = _strings(opened.get("details"))
+            self._take_note(opened)
         except BaseException:
             self._kill()
             raise
@@ -139,7 +147,7 @@ class ContestantProcess:
             f"preparing {case}",
             {"op": "prepare", "index": index, "case": case.to_json(), "folder": str(folder)},
         )
-        self.details = _strings(prepared.get("details"))
+        self._take_note(prepared)
 
     def answer(self, index: int, case: Case, *, rows: int) -> Answer:
         """Run the prepared case once and return ``rows`` rows of its answer; see `protocol.sample_rows`."""
@@ -176,6 +184,13 @@ class ContestantProcess:
         if found is not None and not isinstance(found, int | float):
             raise MeasurementError(f"{self.kind.name}: its worker reported no peak")
         return found
+
+    def _take_note(self, told: Mapping[str, Any]) -> None:
+        """Keep what the worker tells of its contestant."""
+        threads = told.get("threads")
+        if threads is not None and type(threads) is not int:
+            raise MeasurementError(f"{self.kind.name}: its worker reported no number of threads")
+        self.details, self.threads = _strings(told.get("details")), threads
 
     def _start(self) -> None:
         with self._errors.open("wb") as errors:

@@ -2,8 +2,9 @@
 
 The parent writes a request, the worker answers it with one line; requests are::
 
-    {"op": "open", "factory": "module:function", "setup": {...}}    -> {"versions": {...}, "details": {...}}
-    {"op": "prepare", "index": 0, "case": {...}, "folder": PATH}    -> {"details": {...}}
+    {"op": "open", "factory": "module:function", "setup": {...}}
+        -> {"versions": {...}, "details": {...}, "threads": 2}
+    {"op": "prepare", "index": 0, "case": {...}, "folder": PATH}    -> {"details": {...}, "threads": 2}
     {"op": "answer", "index": 0, "folder": PATH, "rows": 144}       -> {"arrays": [NAME, ...]}
     {"op": "time", "index": 0, "warmup": 1, "runs": 1, "seconds": 0.4}
         -> {"nanoseconds": [...], "idle_cpu_seconds": 0.0}, after the worker's threads have come to rest

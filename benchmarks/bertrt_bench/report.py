@@ -31,7 +31,7 @@ class ContestantRecord:
     Attributes:
         name: as after ``--against``; the engine's is ``engine``.
         description: one line.
-        threads: that one run used.
+        threads: that one run used, as its library says; ``None`` if it does not.
         versions: of the packages that did its work.
         details: what else decides its speed.
         idle_cpu_seconds: processor time that it used while it was another's turn; near 0, or it disturbed
@@ -40,18 +40,18 @@ class ContestantRecord:
 
     name: str
     description: str
-    threads: int
+    threads: int | None
     versions: Mapping[str, str]
     details: Mapping[str, str]
     idle_cpu_seconds: float
 
     @classmethod
-    def of(cls, contestant: ContestantProcess, threads: int) -> ContestantRecord:
+    def of(cls, contestant: ContestantProcess) -> ContestantRecord:
         """The record of a contestant at the end of its turns."""
         return cls(
             name=contestant.kind.name,
             description=contestant.kind.description,
-            threads=threads,
+            threads=contestant.threads,
             versions=contestant.versions,
             details=contestant.details,
             idle_cpu_seconds=contestant.idle_cpu_seconds,
@@ -202,7 +202,8 @@ class Report:
         for record in self.contestants:
             facts = [f"{name} {version}" for name, version in record.versions.items()]
             facts += [f"{name} {value}" for name, value in record.details.items()]
-            facts.append(f"{record.threads} thread{'' if record.threads == 1 else 's'}")
+            if record.threads is not None:
+                facts.append(f"{record.threads} thread{'' if record.threads == 1 else 's'}")
             lines += [f"{record.name}: {record.description}", f"  {', '.join(facts)}"]
         if self.lengths is not None:
             mix = _mix(self.lengths)

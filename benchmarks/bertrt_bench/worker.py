@@ -88,14 +88,14 @@ class Worker:
         self._cpu_at_rest = None
         if operation == "open":
             self._contestant = load_factory(request["factory"])(Setup(**request["setup"]))
-            return {"versions": dict(self._contestant.versions), "details": dict(self._contestant.details)}
+            return {"versions": dict(self._contestant.versions), **_told_by(self._contestant)}
         if self._contestant is None:
             raise RuntimeError(f"{operation!r} before 'open'")
         if operation == "prepare":
             question = Question.load(Path(request["folder"]), Case.from_json(request["case"]))
             self._runs[request["index"]] = self._contestant.prepare(question)
             come_to_rest()
-            return {"details": dict(self._contestant.details)}
+            return _told_by(self._contestant)
         if operation == "peak":
             # Not every contestant knows one.
             peak = getattr(self._contestant, "peak", lambda: None)()
@@ -119,6 +119,10 @@ class Worker:
         come_to_rest()
         self._cpu_at_rest = time.process_time()
         return {"nanoseconds": nanoseconds, "idle_cpu_seconds": idle}
+
+
+def _told_by(contestant: Contestant) -> dict[str, Any]:
+    return {"details": dict(contestant.details), "threads": contestant.threads}
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:

@@ -46,6 +46,7 @@ def test_a_contestant_answers_and_is_timed(fakes, start, question: Path, alive) 
         assert alive(pid)
         assert process.versions == {"fake": "1.0"}
         assert process.details == {"omp": "2", "setup_threads": "2"}
+        assert process.threads == 2
         process.prepare(0, CASE, question)
         answer = process.answer(0, CASE, rows=5)
         assert answer["hidden_states"].shape == (5, 256)

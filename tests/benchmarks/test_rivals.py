@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ from bertrt_bench.cases import TASKS, Case, Question, SpecialIds, make_question
 from bertrt_bench.contestants import ENGINE, RIVALS, Setup
 from bertrt_bench.contestants.engine import EngineContestant
 from bertrt_bench.contestants.onnxruntime import join_projections
-from bertrt_bench.contestants.openvino import check_precision, import_openvino
+from bertrt_bench.contestants.openvino import check_precision, import_openvino, open_openvino
+from bertrt_bench.contestants.pytorch import open_torch
+from bertrt_bench.gpu.rivals import open_sdpa
 from bertrt_bench.measure import measure
 from bertrt_bench.options import BenchOptions
 from bertrt_bench.process import ContestantProcess
@@ -71,6 +74,8 @@ def test_all_the_rivals_agree_with_the_engine(demo_engine, book: Path, precision
                 # A hundred roundings of 6e-8 in a row; OpenVINO's own exponential and GELU are polynomials.
                 assert found.error < 1e-4, (rival, result.case)
     _, pytorch, onnxruntime, openvino = report.contestants
+    # As each library says.
+    assert [record.threads for record in report.contestants] == [THREADS] * 4
     assert pytorch.details["dtype"] == "float32"
     assert onnxruntime.details["precision"] == precision
     assert openvino.details["precision"].startswith("f32" if precision == "fp32" else "int8, the rest f32")
@@ -132,6 +137,61 @@ def test_a_lower_precision_is_one(demo_engine, ask, rival: str, precision: str) 
     found = agreement.compare(case, precision, coarse, exact)
     # Far above float32's noise, or the hint or the quantisation went unheard.
     assert 1e-3 < found.error < found.tolerance
+
+
+@pytest.mark.parametrize("found", [2, 1])
+def test_openvino_takes_hyper_threads_or_says_that_it_does_not(
+    demo_engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: int
+) -> None:
+    """On a machine with one core of two threads, made up, as not every machine has hyper-threads."""
+    asked: dict[str, object] = {}
+
+    class Compiled:
+        def get_property(self, name: str) -> object:
+            return {"INFERENCE_NUM_THREADS": found, "INFERENCE_PRECISION_HINT": openvino.Type.f32}[name]
+
+        def create_infer_request(self) -> None:
+            return None
+
+    class Core:
+        def read_model(self, _path: Path) -> object:
+            return SimpleNamespace(reshape=lambda shapes: None)
+
+        def compile_model(self, _model: object, _device: str, options: dict[str, object]) -> Compiled:
+            asked.update(options)
+            return Compiled()
+
+        def get_property(self, _device: str, _name: str) -> list[str]:
+            return []
+
+    openvino = import_openvino()
+    monkeypatch.setattr(openvino, "Core", Core)
+    monkeypatch.setattr("bertrt_bench.contestants.openvino.convert", lambda *_: None)
+    contestant = open_openvino(Setup(engine=str(demo_engine()), threads=2, reference="none"))
+    assert contestant.threads is None
+    case = question(demo_engine(), Case(task="features", batch=1, sequence=8))
+    if found == 2:
+        contestant.prepare(case)
+    else:
+        with pytest.raises(
+            MeasurementError, match="OpenVINO runs with 1 threads instead of 2; measure with --threads 1"
+        ):
+            contestant.prepare(case)
+    assert asked["ENABLE_HYPER_THREADING"] is True
+    assert (asked["INFERENCE_NUM_THREADS"], contestant.threads) == (2, found)
+
+
+@pytest.mark.parametrize("rival", ["torch", "gpu"])
+def test_pytorch_that_takes_other_threads_is_refused(
+    demo_engine, monkeypatch: pytest.MonkeyPatch, rival: str
+) -> None:
+    # The number of threads of the tests' own process stays as it is.
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(torch, "set_num_interop_threads", lambda count: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    setup = Setup(engine=str(demo_engine()), threads=2, reference=str(demo_folder()), backend="cpu")
+    with pytest.raises(MeasurementError, match="PyTorch runs with 3 threads instead of 2"):
+        (open_torch if rival == "torch" else open_sdpa)(setup)
 
 
 def test_a_precision_that_openvino_does_not_follow() -> None:

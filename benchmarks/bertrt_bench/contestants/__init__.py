@@ -13,6 +13,7 @@ from bertrt_bench.contestants.base import (
     Factory,
     Run,
     Setup,
+    check_threads,
     load_factory,
 )
 
@@ -67,5 +68,6 @@ __all__ = [
     "Factory",
     "Run",
     "Setup",
+    "check_threads",
     "load_factory",
 ]

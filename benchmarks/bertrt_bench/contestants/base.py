@@ -57,6 +57,11 @@ class Contestant(Protocol):
         ...
 
     @property
+    def threads(self) -> int | None:
+        """Threads that its library says it runs with; ``None`` until that is known."""
+        ...
+
+    @property
     def details(self) -> Mapping[str, str]:
         """What else decides its speed: backend, instruction set, kind of attention; `prepare` may add to it."""
         ...
@@ -107,6 +112,18 @@ class ContestantKind:
                 f"cannot measure {self.name!r}: {' and '.join(missing)} not installed; "
                 f"install with: {self.install}"
             )
+
+
+def check_threads(name: str, found: int, asked: int) -> None:
+    """See whether a library took as many threads as it was told to.
+
+    Raises:
+        MeasurementError: it did not; beside the others, which do, its times would say nothing.
+    """
+    if found != asked:
+        raise MeasurementError(
+            f"{name} runs with {found} threads instead of {asked}; measure with --threads {found}"
+        )
 
 
 def load_factory(name: str) -> Factory:

@@ -18,7 +18,7 @@ from bertrt.errors import MeasurementError
 from bertrt.folder import EngineFolder
 from bertrt.tokenization import WordPieceTokenizer
 from bertrt_bench.cases import TOP_K, Question, Task
-from bertrt_bench.contestants.base import Answer, Run, Setup
+from bertrt_bench.contestants.base import Answer, Run, Setup, check_threads
 from bertrt_bench.contestants.parts import Assembled, Part, cut
 
 _Array = TypeVar("_Array", bound=npt.NDArray[Any])
@@ -31,6 +31,7 @@ class EngineContestant:
         self._backend = backend
         self._folder = folder
         self.versions = versions
+        self.threads = backend.threads
         isa = getattr(backend, "isa", None)
         self.details: Mapping[str, str] = {
             "backend": backend.name,
@@ -102,11 +103,7 @@ def open_engine(setup: Setup) -> EngineContestant:
     """Load the engine; the caller has checked the folder's hashes."""
     folder = EngineFolder.open(setup.engine, verify=False)
     backend = create_backend(setup.backend, folder, setup.threads)
-    if backend.threads != setup.threads:
-        raise MeasurementError(
-            f"backend {backend.name!r} runs with {backend.threads} threads instead of {setup.threads}; "
-            f"measure with --threads {backend.threads}"
-        )
+    check_threads(f"backend {backend.name!r}", backend.threads, setup.threads)
     versions = {
         status.name: status.version
         for status in backend_status()

@@ -22,7 +22,7 @@ from bertrt.machine import describe
 from bertrt.manifest import Precision
 from bertrt.tokenization import WordPieceTokenizer
 from bertrt_bench.cases import Question
-from bertrt_bench.contestants.base import Run, Setup
+from bertrt_bench.contestants.base import Run, Setup, check_threads
 from bertrt_bench.contestants.conversion import OUTPUTS, convert, write_float32
 from bertrt_bench.contestants.parts import Block, best_tokens, fastest_budget, padded_run, told_of
 
@@ -41,6 +41,7 @@ class OnnxRuntimeContestant:
         self._folder = Path(tempfile.mkdtemp())
         self._tokenizer = WordPieceTokenizer.from_folder(Path(setup.engine))
         self._sessions: dict[str, Any] = {}
+        self.threads: int | None = None
         self.versions: Mapping[str, str] = {"onnxruntime": onnxruntime.__version__}
         self.details: dict[str, str] = {"precision": setup.precision}
 
@@ -74,9 +75,13 @@ class OnnxRuntimeContestant:
             # product and its neighbour, now share one.
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
             options.log_severity_level = 3
-            self._sessions[output] = onnxruntime.InferenceSession(
+            session = onnxruntime.InferenceSession(
                 folder / "model.onnx", options, providers=["CPUExecutionProvider"]
             )
+            # As it was set: the library does not say how many threads its pool has.
+            self.threads = int(session.get_session_options().intra_op_num_threads)
+            check_threads("ONNX Runtime", self.threads, self._setup.threads)
+            self._sessions[output] = session
         return self._sessions[output]
 
 

@@ -20,7 +20,7 @@ from bertrt.errors import MeasurementError
 from bertrt.manifest import Precision
 from bertrt.tokenization import WordPieceTokenizer
 from bertrt_bench.cases import RANKED, Question, SpecialIds
-from bertrt_bench.contestants.base import Run, Setup
+from bertrt_bench.contestants.base import Run, Setup, check_threads
 from bertrt_bench.contestants.conversion import INPUTS, OUTPUTS, convert, write_float32
 from bertrt_bench.contestants.parts import (
     Block,
@@ -46,6 +46,7 @@ class OpenVinoContestant:
         self._core = self._openvino.Core()
         self._folder = Path(tempfile.mkdtemp())
         self._tokenizer = WordPieceTokenizer.from_folder(Path(setup.engine))
+        self.threads: int | None = None
         self.versions: Mapping[str, str] = {"openvino": str(self._openvino.get_version())}
         self._floats = self._float_precisions()
         rest = " or ".join(self._floats)
@@ -79,10 +80,14 @@ class OpenVinoContestant:
             "INFERENCE_NUM_THREADS": self._setup.threads,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
+            # By this hint alone it would leave a core's second hyper-thread idle, which all others use.
+            "ENABLE_HYPER_THREADING": True,
             "INFERENCE_PRECISION_HINT": precision,
         }
         compiled = self._core.compile_model(model, "CPU", options)
         check_precision(compiled, precision)
+        self.threads = int(compiled.get_property("INFERENCE_NUM_THREADS"))
+        check_threads("OpenVINO", self.threads, self._setup.threads)
         request = compiled.create_infer_request()
         # The next block's run would write over the output.
         keep = case.lengths is not None and case.task not in RANKED

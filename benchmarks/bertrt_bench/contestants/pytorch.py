@@ -11,7 +11,7 @@ import numpy.typing as npt
 from bertrt.errors import MeasurementError
 from bertrt.tokenization import WordPieceTokenizer
 from bertrt_bench.cases import TOP_K, Question, Task
-from bertrt_bench.contestants.base import Answer, Run, Setup
+from bertrt_bench.contestants.base import Answer, Run, Setup, check_threads
 from bertrt_bench.contestants.parts import Block, fastest_budget, padded_run, told_of
 
 # The class that users of transformers take for each task. Each computes what it always computes: the
@@ -42,6 +42,7 @@ class TorchContestant:
         self._checkpoint = checkpoint
         self._tokenizer = tokenizer
         self._models: dict[str, Any] = {}
+        self.threads = int(torch.get_num_threads())
         self.versions: Mapping[str, str] = {
             "torch": str(torch.__version__),
             "transformers": str(transformers.__version__),
@@ -110,4 +111,5 @@ def open_torch(setup: Setup) -> TorchContestant:
     torch.set_num_threads(setup.threads)
     # One request at a time: a second pool could only take CPUs away from the first.
     torch.set_num_interop_threads(1)
+    check_threads("PyTorch", torch.get_num_threads(), setup.threads)
     return TorchContestant(setup.reference, WordPieceTokenizer.from_folder(Path(setup.engine)))

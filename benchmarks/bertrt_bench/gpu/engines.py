@@ -32,6 +32,7 @@ class EngineContestant:
         self._engine = engine
         self._backend: Backend = engine.backend
         self._on_gpu = on_gpu
+        self.threads = engine.backend.threads
         self.versions: Mapping[str, str] = {
             status.name: status.version
             for status in backend_status()

@@ -17,7 +17,7 @@ from bertrt.errors import MeasurementError
 from bertrt.manifest import Precision
 from bertrt.tokenization import WordPieceTokenizer
 from bertrt_bench.cases import Question, Task
-from bertrt_bench.contestants.base import Run, Setup
+from bertrt_bench.contestants.base import Run, Setup, check_threads
 from bertrt_bench.contestants.parts import Block, Forward, best_tokens, padded_run, told_of
 from bertrt_bench.gpu.budgets import fastest_budget
 from bertrt_export.checkpoints import open_checkpoint
@@ -52,6 +52,7 @@ class TorchContestant:
             options: dict[str, Any] = {"mode": "max-autotune", "dynamic": False, "fullgraph": True}
             self._encode = torch.compile(model, **options)
             self._next_sentence = torch.compile(model.next_sentence, **options)
+        self.threads = int(torch.get_num_threads())
         self.versions: Mapping[str, str] = {"torch": str(torch.__version__)}
         self.details: dict[str, str] = {
             "device": self._device,
@@ -136,6 +137,7 @@ def _open(setup: Setup, *, attention: Any, compiled: bool) -> TorchContestant:
             f"PyTorch {torch.__version__} sees no GPU; install its build for the CUDA of this machine's driver"
         )
     torch.set_num_threads(setup.threads)
+    check_threads("PyTorch", torch.get_num_threads(), setup.threads)
     dtypes: Mapping[Precision, Any] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     with open_checkpoint(Path(setup.reference)) as checkpoint:
         model = load_model(checkpoint, attention=attention, dtype=dtypes[setup.precision], device=device)

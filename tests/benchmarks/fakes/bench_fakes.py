@@ -18,6 +18,7 @@ class Fake:
     def __init__(self, setup, name):
         self.versions = {"fake": "1.0"}
         self.name = name
+        self.threads = setup.threads
         self.details = {"omp": os.environ["OMP_NUM_THREADS"], "setup_threads": str(setup.threads)}
         self.log("open")
 
