@@ -92,6 +92,8 @@ def test_without_the_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert problem is not None
     assert 'is not installed; pip install "bertrt[tensorrt]"' in problem
     assert ours.device_count() == 0
+    # Which only the driver's own library can tell then.
+    assert ours.has_no_gpu() is not has_driver()
     with pytest.raises(BackendUnavailableError, match="not installed"):
         ours.device_properties(0)
 
@@ -116,6 +118,7 @@ def test_errors_that_lose_a_device_are_known_to_the_bindings() -> None:
 
 def test_devices(gpu: Any) -> None:
     assert ours.problem() is None
+    assert not ours.has_no_gpu()
     assert ours.device_count() == 2
     found = ours.device_properties(1)
     assert (found.name, found.compute_capability, found.memory_bytes) == ("Imaginary GPU 1", "8.9", 1 << 30)
@@ -132,14 +135,20 @@ def test_what_is_missing(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the NVIDIA driver is too old: it knows CUDA 12.4, cuda-bindings is for CUDA 13.0" in str(
         ours.problem()
     )
+    # There is one, and something can be done.
+    assert not ours.has_no_gpu()
     gpu.driver = 0
     assert "no NVIDIA driver was found" in str(ours.problem())
+    assert ours.has_no_gpu()
     gpu.driver, gpu.count = 13050, 0
+    assert ours.has_no_gpu()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert ours.problem() == "the NVIDIA driver sees no GPU; 'nvidia-smi' lists those that there are"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     assert "(CUDA_VISIBLE_DEVICES is '7')" in str(ours.problem())
-    gpu.fail("cudaGetDeviceCount", E.cudaErrorInitializationError)
+    for _ in range(2):
+        gpu.fail("cudaGetDeviceCount", E.cudaErrorInitializationError)
+    assert not ours.has_no_gpu()
     assert "CUDA does not start: InitializationError (cudaErrorInitializationError)" in str(ours.problem())
     assert ours.device_count() == 0
 

@@ -29,6 +29,15 @@ SIZES = BertArchitecture(
     hidden_act="gelu",
     layer_norm_eps=1e-12,
 )
+
+
+class Runner(PartsRunner):
+    """Pads by one token, so that padding shows."""
+
+    def shape(self, sequences: int, longest: int) -> tuple[int, int]:
+        return super().shape(sequences, longest + 1)
+
+
 TABLE = np.random.default_rng(3).normal(size=(VOCABULARY, 4)).astype(np.float32)
 
 
@@ -42,9 +51,6 @@ class Executor:
         self.asked: list[tuple[str, ...]] = []
         self.rows: list[int] = []
         self.backwards = False
-
-    def shape(self, sequences: int, longest: int) -> tuple[int, int]:
-        return sequences, longest + 1
 
     @contextmanager
     def encode(self, feeds: Mapping[str, Any]) -> Iterator[Any]:
@@ -91,7 +97,7 @@ def batch() -> TokenBatch:
 
 
 def run(executor: Executor, batch: TokenBatch, **wanted: Any) -> BatchOutput:
-    backend = PaddedBackend("parts", PartsRunner(executor, SIZES), architecture=SIZES, heads=HEADS, threads=1)
+    backend = PaddedBackend("parts", Runner(executor, SIZES), architecture=SIZES, heads=HEADS, threads=1)
     return backend.run(batch, Wanted(**wanted))
 
 

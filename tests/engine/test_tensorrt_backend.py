@@ -5,6 +5,7 @@ On a machine whose GPUs compute on the CPU (`fakes/`), and whose answers are com
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from bertrt.backends.base import BatchOutput, TokenBatch, Wanted
 from bertrt.backends.registry import create_backend
 from bertrt.backends.tensorrt import worker as tensorrt_worker
 from bertrt.backends.tensorrt.backend import TensorRTBackend
-from bertrt.errors import EngineClosedError, SequenceTooLongError
+from bertrt.errors import BackendUnavailableError, EngineClosedError, SequenceTooLongError
 from bertrt.folder import EngineFolder
 
 # Small, so that few sequences make several blocks; and as a user would have them.
@@ -315,6 +316,46 @@ def test_many_threads_at_once(gpu: Any, folder: EngineFolder, devices: list[int]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
     backend.close()
+    assert not gpu.live()
+
+
+def test_captures_by_other_code_do_not_disturb(gpu: Any, folder: EngineFolder, reference: Any) -> None:
+    """While ONNX Runtime, in the same process, captures graphs of its own."""
+    gpu.foreign_capture = True
+    backend = TensorRTBackend(folder)
+    batch = make_batch([100, 20])
+    wanted = everything(batch, [3, 70])
+    for _ in range(4):
+        check_same(backend.run(batch, wanted), reference(batch, wanted))
+    backend.close()
+    assert not gpu.foreign_spoilt
+    assert not gpu.live()
+
+
+def test_a_process_that_was_forked_is_refused(gpu: Any, folder: EngineFolder, reference: Any) -> None:
+    engines: list[TensorRTBackend] = [TensorRTBackend(folder), TensorRTBackend(folder)]
+    batch, wanted = make_batch([20]), Wanted(hidden_states=True, pooled=True)
+    engines[0].run(batch, wanted)
+    ready = gpu.live()
+
+    def child() -> None:
+        match = r"was forked from process \d+, which had used CUDA before; .* load engines for GPUs after the fork"
+        for _ in range(2):
+            with pytest.raises(BackendUnavailableError, match=match):
+                engines[0].run(batch, wanted)
+        with pytest.raises(BackendUnavailableError, match=match):
+            TensorRTBackend(folder)
+        # Nothing of the parent's goes, whether it is closed or forgotten.
+        engines[0].close()
+        engines.clear()
+        gc.collect()
+        assert gpu.live() == ready
+        assert not gpu.violations
+
+    machine.forked(child)
+    check_same(engines[0].run(batch, wanted), reference(batch, wanted))
+    for engine in engines:
+        engine.close()
     assert not gpu.live()
 
 

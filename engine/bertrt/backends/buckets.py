@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 
 from bertrt.architecture import BertArchitecture
-from bertrt.backends.base import Wanted
+from bertrt.backends.base import Int64, Wanted
 from bertrt.backends.padded import BlockLimits, PaddedBlock
 from bertrt.backends.parts import PartsExecutor, PartsRunner
 from bertrt.errors import SequenceTooLongError
@@ -151,6 +151,13 @@ class BucketRunner(PartsRunner):
 def row_bucket(rows: int, most: int) -> int:
     """To how many rows those of a head are padded: a power of two, or ``most``, which ``rows`` does not exceed."""
     return min(1 << (rows - 1).bit_length(), most)
+
+
+def pad_rows(values: Int64, rows: int) -> Int64:
+    """As many rows; those that are added are 0."""
+    padded = np.zeros((rows, *values.shape[1:]), np.int64)
+    padded[: len(values)] = values
+    return padded
 
 
 def _rows(block: PaddedBlock, begin: int, end: int, shape: Shape) -> PaddedBlock:

@@ -81,10 +81,6 @@ class PartsExecutor(Protocol):
         """The most positions of one run of the masked-LM head."""
         ...
 
-    def shape(self, sequences: int, longest: int) -> Shape:
-        """See `bertrt.backends.padded.BlockRunner.shape`."""
-        ...
-
     def encode(self, feeds: Mapping[str, Int32]) -> AbstractContextManager[Encoded]:
         """Run the encoder on ``[batch, sequence] int32`` arrays; its result can be used inside the context."""
         ...
@@ -136,8 +132,8 @@ class PartsRunner:
         return self._executor.limits
 
     def shape(self, sequences: int, longest: int) -> Shape:
-        """See `bertrt.backends.padded.BlockRunner.shape`."""
-        return self._executor.shape(sequences, longest)
+        """No padding beyond the longest sequence."""
+        return sequences, longest
 
     def run(self, block: PaddedBlock, wanted: Wanted, names: Sequence[str]) -> dict[str, Any]:
         """See `bertrt.backends.padded.BlockRunner.run`."""

@@ -1,7 +1,9 @@
 """A machine with GPUs that are not there: `fake_cuda` and `fake_tensorrt` in the place of the real ones."""
 
 import importlib.machinery
+import os
 import sys
+import traceback
 
 import fake_cuda
 import fake_plans
@@ -27,6 +29,26 @@ def install(monkeypatch, count=2):
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
     return gpu
+
+
+def forked(check):
+    """Call a function in a process that is forked from this one; what it raises there is raised here as text."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        text = b""
+        try:
+            check()
+        except BaseException:
+            text = traceback.format_exc().encode()
+        os.write(writing, text)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        text = pipe.read().decode()
+    _, status = os.waitpid(child, 0)
+    assert status == 0
+    assert not text, text
 
 
 def make_batch(lengths, seed=0):

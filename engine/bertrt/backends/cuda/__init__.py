@@ -10,6 +10,7 @@ process mends too.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import os
 import sys
@@ -38,6 +39,8 @@ _LOST: Final = frozenset(
 )
 # Which device is current in a thread, for the messages.
 _here = threading.local()
+# The process that has used CUDA first: those that are forked from it cannot use it any more.
+_users: Final[list[int]] = []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,21 @@ def problem() -> str | None:
     return _look()[1]
 
 
+def has_no_gpu() -> bool:
+    """Whether this machine has no NVIDIA driver, or shows no GPU: nothing stands in the way then, there is no way."""
+    return _look()[2]
+
+
+def forked() -> str | None:
+    """Why this process cannot use what it has of CUDA, if it was forked from one that has used it, and what to do."""
+    if not _users or _users[0] == os.getpid():
+        return None
+    return (
+        f"process {os.getpid()} was forked from process {_users[0]}, which had used CUDA before; CUDA does not survive "
+        "that: load engines for GPUs after the fork only, or start processes with multiprocessing's 'spawn'"
+    )
+
+
 def device_count() -> int:
     """GPUs that CUDA can use; 0 where `problem` has a reason."""
     return _look()[0]
@@ -72,7 +90,7 @@ def device_properties(index: int) -> DeviceProperties:
         BackendUnavailableError: CUDA cannot be used; see `problem`.
         InputError: there is no such GPU.
     """
-    count, reason = _look()
+    count, reason, _ = _look()
     if reason:
         raise BackendUnavailableError(reason)
     if type(index) is not int or not 0 <= index < count:
@@ -95,7 +113,10 @@ def on_device(index: int) -> Iterator[None]:
 
     Raises:
         DeviceError: the GPU cannot be used.
+        BackendUnavailableError: nor can any other; see `forked`.
     """
+    if reason := forked():
+        raise BackendUnavailableError(reason)
     driver = load_module(_DRIVER)
     error, before = driver.cuCtxGetCurrent()
     if error != 0:  # nothing has used CUDA yet
@@ -104,10 +125,35 @@ def on_device(index: int) -> Iterator[None]:
     _here.index = index
     try:
         call("make it current", "cudaSetDevice", index)
-        yield
+        _users[:] = [os.getpid()]
+        with ignoring_captures():
+            yield
     finally:
         _here.index = outer
         driver.cuCtxSetCurrent(before)
+
+
+@contextlib.contextmanager
+def ignoring_captures() -> Iterator[None]:
+    """Let the calling thread do what it wants while other code of the process captures a CUDA graph.
+
+    In CUDA's default mode, to allocate memory or to wait fails while another thread captures in that mode, as ONNX
+    Runtime does, and spoils its capture too.
+
+    Raises:
+        DeviceError: CUDA does not allow it.
+    """
+    driver = load_module(_DRIVER)
+    # The driver's function, since it needs no context and works after a failure too.
+    error, before = driver.cuThreadExchangeStreamCaptureMode(
+        driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+    )
+    if error != 0:
+        raise failed(f"it could not keep apart from captures ({_name(error)}); try again in a new process")
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(before)
 
 
 def memory_info() -> tuple[int, int]:
@@ -161,34 +207,53 @@ def call(doing: str, name: str, *arguments: Any, size: int | None = None, host: 
     return values[0] if values else None
 
 
-def _look() -> tuple[int, str | None]:
-    """How many GPUs there are, or why none can be used."""
+def _look() -> tuple[int, str | None, bool]:
+    """How many GPUs there are; or why none can be used, and whether that is because there is none."""
     try:
         runtime = load_module(RUNTIME)
     except BackendUnavailableError as error:
-        return 0, str(error)
+        return 0, str(error), not _has_driver()
+    if reason := forked():
+        return 0, reason, False
     status, count = runtime.cudaGetDeviceCount()
     if status == 0 and count:
-        return int(count), None
+        _users[:] = [os.getpid()]
+        return int(count), None, False
     # A failed call would be reported again by the next one that asks for the last error.
     runtime.cudaGetLastError()
     driver, built = runtime.cudaDriverGetVersion()[1] or 0, runtime.cudaRuntimeGetVersion()[1] or 0
     if not driver:
-        return 0, (
-            "no NVIDIA driver was found; install it, or give the container its GPUs (docker run --gpus all). "
-            "Engines for CPUs need none"
+        return (
+            0,
+            (
+                "no NVIDIA driver was found; install it, or give the container its GPUs (docker run --gpus all). "
+                "Engines for CPUs need none"
+            ),
+            True,
         )
     if _name(status) == "cudaErrorInsufficientDriver":
-        return 0, (
-            f"the NVIDIA driver is too old: it knows CUDA {_version(driver)}, cuda-bindings is for CUDA "
-            f"{_version(built)}; update the driver"
+        return (
+            0,
+            (
+                f"the NVIDIA driver is too old: it knows CUDA {_version(driver)}, cuda-bindings is for CUDA "
+                f"{_version(built)}; update the driver"
+            ),
+            False,
         )
     if status == 0 or _name(status) == "cudaErrorNoDevice":
         hidden = f" ({_VISIBLE} is {os.environ[_VISIBLE]!r})" if _VISIBLE in os.environ else ""
-        return 0, f"the NVIDIA driver sees no GPU{hidden}; 'nvidia-smi' lists those that there are"
-    return 0, (
-        f"CUDA does not start: {_describe(runtime, status)}; 'nvidia-smi' shows whether the driver works"
-    )
+        return 0, f"the NVIDIA driver sees no GPU{hidden}; 'nvidia-smi' lists those that there are", True
+    said = _describe(runtime, status)
+    return 0, f"CUDA does not start: {said}; 'nvidia-smi' shows whether the driver works", False
+
+
+def _has_driver() -> bool:
+    """Whether there is a driver, for where the bindings cannot tell."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _failure(
@@ -208,7 +273,12 @@ def _failure(
 
 
 def release(name: str, handle: Any) -> None:
-    """Call a function of the runtime that gives something back, whatever it says to that."""
+    """Call a function of the runtime that gives something back, whatever it says to that.
+
+    In a process that was forked it does nothing: what is there belongs to the other one.
+    """
+    if forked():
+        return
     runtime = load_module(RUNTIME)
     if getattr(runtime, name)(handle)[0] != 0:
         runtime.cudaGetLastError()

@@ -9,6 +9,7 @@ chapter on CUDA graphs.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import Any, Final
@@ -16,7 +17,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from bertrt.backends.cuda import RUNTIME, call, load_module, release
+from bertrt.backends.cuda import RUNTIME, call, forked, ignoring_captures, load_module, release
+from bertrt.errors import DeviceError
 
 # Addresses of tensors are multiples of this: TensorRT asks for 256 bytes.
 ALIGNMENT: Final = 256
@@ -89,9 +91,16 @@ class _Pinned:
             "data": (address, False),
             "version": 3,
         }
-        finalizer = weakref.finalize(self, release, "cudaFreeHost", address)
+        finalizer = weakref.finalize(self, _free_pinned, address)
         # The process gives all back when it ends, and CUDA may be gone by then.
         finalizer.atexit = False
+
+
+def _free_pinned(address: int) -> None:
+    # In whichever thread the last array goes.
+    if not forked():
+        with contextlib.suppress(DeviceError), ignoring_captures():
+            release("cudaFreeHost", address)
 
 
 class Stream:

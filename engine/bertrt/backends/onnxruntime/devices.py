@@ -17,7 +17,7 @@ import numpy as np
 
 from bertrt.architecture import BertArchitecture
 from bertrt.backends.base import Float32, Int32, Int64
-from bertrt.backends.buckets import Buckets, row_bucket
+from bertrt.backends.buckets import Buckets, pad_rows, row_bucket
 from bertrt.backends.onnxruntime.bindings import BoundPart, SessionPlace
 from bertrt.backends.onnxruntime.captures import GATE
 from bertrt.backends.onnxruntime.sessions import device_failure, first_line
@@ -56,7 +56,6 @@ class DeviceSessionParts:
         architecture: BertArchitecture,
         heads: Heads,
     ) -> None:
-        self._buckets = buckets
         self._limits = buckets.limits(workers=len(places))
         workers = [_Worker(place, buckets, architecture, heads) for place in places]
         # They load side by side, and capture graphs one after the other.
@@ -72,10 +71,6 @@ class DeviceSessionParts:
     def limits(self) -> BlockLimits:
         """The largest block, and a worker for each GPU."""
         return self._limits
-
-    def shape(self, sequences: int, longest: int) -> Shape:
-        """The bucket; none for a block that `bertrt.backends.buckets.BucketRunner` cuts."""
-        return self._buckets.shape(sequences, longest) or (sequences, longest)
 
     @contextmanager
     def encode(self, feeds: Mapping[str, Int32]) -> Iterator[_Encoded]:
@@ -133,11 +128,11 @@ class _Encoded:
 
     def mlm(self, positions: Int64, candidates: Int64, outputs: Sequence[str]) -> dict[str, Array]:
         rows = row_bucket(len(positions), MLM_ROWS)
-        feeds = {"mlm_positions": _padded(positions, rows), "mlm_candidates": _padded(candidates, rows)}
+        feeds = {"mlm_positions": pad_rows(positions, rows), "mlm_candidates": pad_rows(candidates, rows)}
         return self._worker.head(MLM, feeds, len(positions), outputs)
 
     def pooler(self, rows: Int64, outputs: Sequence[str]) -> dict[str, Array]:
-        feeds = {"pooled_rows": _padded(rows, row_bucket(len(rows), self._worker.most_sequences))}
+        feeds = {"pooled_rows": pad_rows(rows, row_bucket(len(rows), self._worker.most_sequences))}
         return self._worker.head(POOLER, feeds, len(rows), outputs)
 
 
@@ -249,10 +244,3 @@ class _Worker:
                 # Never freed: where the GPU is lost, ONNX Runtime cannot free a CUDA graph, and ends the process.
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
             raise failure or BackendRunError(f"{doing}: {first_line(error)}") from error
-
-
-def _padded(values: Int64, rows: int) -> Int64:
-    """As many rows, those that are not there 0."""
-    padded = np.zeros((rows, *values.shape[1:]), np.int64)
-    padded[: len(values)] = values
-    return padded

@@ -12,7 +12,6 @@ from bertrt.backends.base import Float32, Int32, Int64
 from bertrt.backends.onnxruntime.sessions import run_session
 from bertrt.backends.padded import BlockLimits
 from bertrt.backends.parts import ENCODER, MLM, POOLER, Array
-from bertrt.plans import Shape
 
 # Rows of logits at a time: 256 over 30,522 WordPieces are 31 MB.
 _MLM_ROWS: Final = 256
@@ -26,10 +25,6 @@ class SessionParts:
 
     def __init__(self, sessions: Mapping[str, onnxruntime.InferenceSession]) -> None:
         self._sessions = sessions
-
-    def shape(self, sequences: int, longest: int) -> Shape:
-        """No padding beyond the longest sequence."""
-        return sequences, longest
 
     @contextmanager
     def encode(self, feeds: Mapping[str, Int32]) -> Iterator[_Encoded]:

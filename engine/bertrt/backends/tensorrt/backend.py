@@ -6,6 +6,8 @@ that it needs; a block of sequences takes the worker that has been free for long
 
 from __future__ import annotations
 
+import ctypes
+import os
 import shlex
 import threading
 import weakref
@@ -14,11 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final
 
-import numpy as np
-
 from bertrt.backends import cuda
 from bertrt.backends.base import BatchOutput, Float32, Int32, Int64, TokenBatch, Wanted
-from bertrt.backends.buckets import BucketRunner, Buckets, row_bucket
+from bertrt.backends.buckets import BucketRunner, Buckets, pad_rows, row_bucket
 from bertrt.backends.padded import BlockLimits, PaddedBackend
 from bertrt.backends.parts import ENCODER, MLM, POOLER, Array, parts_of
 from bertrt.backends.tensorrt.check import check_plan, find_plan_library
@@ -33,7 +33,7 @@ from bertrt.errors import (
     ManifestError,
 )
 from bertrt.folder import EngineFolder
-from bertrt.plans import Plan, Shape
+from bertrt.plans import Plan
 
 NAME: Final = "tensorrt"
 _CLOSED: Final = "the engine is closed; load it again"
@@ -111,6 +111,7 @@ class TensorRTBackend(PaddedBackend):
             DeviceLostError: it has closed itself.
             SequenceTooLongError: no profile of the plan holds a sequence.
             EngineClosedError: after ``close``, or after a GPU was lost.
+            BackendUnavailableError: the engine was loaded before this process was forked.
         """
         with self._executor.running():
             return super().run(batch, wanted)
@@ -129,14 +130,9 @@ class DeviceParts:
         self.limits: BlockLimits = buckets.limits(workers=len(workers))
         self.mlm_rows = plan.mlm_rows
         self._most = {MLM: plan.mlm_rows, POOLER: plan.most_sequences}
-        self._buckets = buckets
         self._pool = _Pool(workers)
         # An engine that nobody closed gives its GPUs back when it is forgotten.
         weakref.finalize(self, self._pool.close).atexit = False
-
-    def shape(self, sequences: int, longest: int) -> Shape:
-        """See `bertrt.backends.buckets.BucketRunner.shape`."""
-        return self._buckets.shape(sequences, longest) or (sequences, longest)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -198,18 +194,21 @@ class _Encoded:
     def _head(self, part: str, outputs: Sequence[str], **feeds: Int64) -> dict[str, Array]:
         count = len(next(iter(feeds.values())))
         rows = row_bucket(count, self._most[part])
-        padded = {name: np.zeros((rows, *values.shape[1:]), np.int64) for name, values in feeds.items()}
-        for name, values in feeds.items():
-            padded[name][:count] = values
-        self._worker.run(part, padded)
+        self._worker.run(part, {name: pad_rows(values, rows) for name, values in feeds.items()})
         return self._worker.results(part, outputs, (count,))
 
 
 class _Pool:
-    """Workers that wait for work, and the count of runs that need them."""
+    """Workers that wait for work, and the count of runs that need them.
+
+    In a process that was forked it refuses, and gives nothing back: what is there belongs to the other one.
+    """
 
     def __init__(self, workers: Sequence[Worker]) -> None:
         self._free = deque(workers)
+        # Also those that somebody has.
+        self._workers = tuple(workers)
+        _pools.add(self)
         self._runs = 0
         # Why no run may begin, and whether those that are under way have to stop too.
         self._closed: str | None = None
@@ -221,7 +220,10 @@ class _Pool:
 
         Raises:
             EngineClosedError: it is closed.
+            BackendUnavailableError: it is another process's.
         """
+        if reason := cuda.forked():  # before the lock, which nobody here may ever release
+            raise BackendUnavailableError(reason)
         with self._changed:
             if self._closed:
                 raise EngineClosedError(self._closed)
@@ -259,6 +261,8 @@ class _Pool:
             reason: for whoever comes later.
             at_once: runs that are under way get no worker any more either.
         """
+        if cuda.forked():
+            return
         with self._changed:
             self._closed = self._closed or reason
             self._stopped |= at_once
@@ -278,6 +282,16 @@ class _Pool:
                 self._changed.notify_all()
         for worker in retired:
             _close(worker)
+
+
+def _keep_pools() -> None:
+    """Let nothing of the process that this one was forked from be destroyed here, not even at the end."""
+    for pool in list(_pools):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
+
+
+_pools: Final[weakref.WeakSet[_Pool]] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_keep_pools)
 
 
 def check_devices(devices: Sequence[int]) -> tuple[int, ...]:
