@@ -23,6 +23,7 @@ from bertrt.errors import (
     UnsafePathError,
 )
 from bertrt.manifest import FileRecord, Manifest, safe_name
+from bertrt.plans import rebuild_command
 
 MANIFEST_NAME = "engine.json"
 # A manifest is a few kilobytes; a larger file is not one, and is not read into memory.
@@ -32,6 +33,8 @@ _CHUNK = 1 << 20
 # its hash, or the folder is refused; a README beside it harms nobody.
 _READ_BY_NAME = (".bertrt", ".onnx", ".onnx_data", ".json", ".bin", ".safetensors", "vocab.txt")
 _REPORT = "drift.json"
+# The backend whose files are built of others in the folder.
+_TENSORRT = "tensorrt"
 # How often a folder is loaded that is replaced at that moment each time.
 _ATTEMPTS = 3
 
@@ -50,13 +53,14 @@ class EngineFolder:
     _stamp: Stamp = field(default=(), compare=False, repr=False)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, verify: bool = True) -> EngineFolder:
+    def open(cls, path: str | os.PathLike[str], *, verify: bool = True, plans: bool = True) -> EngineFolder:
         """Open a folder.
 
         Args:
             path: the folder.
             verify: compare every file's SHA-256; otherwise presence and sizes only, and `check` compares
                 those of the files that are going to be read.
+            plans: look at TensorRT plans too; not for who builds new ones, which mends a folder that lacks them.
 
         Raises:
             EngineNotFoundError: no folder, or no ``engine.json`` in it.
@@ -70,7 +74,7 @@ class EngineFolder:
             before = stamp(root)
             manifest = Manifest.from_json(_read_manifest(root))
             folder = cls(root, manifest, before + stamp(root, manifest.files)[len(before) :])
-            folder.check(hashes=manifest.files if verify else ())
+            folder.check(hashes=manifest.files if verify else (), plans=plans)
             _check_unlisted(root, manifest)
         return folder
 
@@ -90,8 +94,7 @@ class EngineFolder:
         with _reading(self.path):
             if not path.is_file():
                 raise MissingFileError(
-                    f"{name!r} is missing from the engine folder {str(self.path)!r}; "
-                    "copy the folder again or export it anew"
+                    f"{name!r} is missing from the engine folder {str(self.path)!r}; {self._advice(name)}"
                 )
             if not path.resolve().is_relative_to(self.path.resolve()):
                 raise UnsafePathError(
@@ -99,34 +102,48 @@ class EngineFolder:
                 )
         return path
 
-    def check(self, *, hashes: Iterable[str] = ()) -> None:
+    def check(self, *, hashes: Iterable[str] = (), plans: bool = True) -> None:
         """Compare the files with the manifest: presence and sizes of all.
 
         Args:
             hashes: the files whose SHA-256 is compared too.
+            plans: see `open`; those that are named in ``hashes`` are looked at in any case.
 
         Raises:
             MissingFileError, HashMismatchError, UnsafePathError: as their names say.
             EngineFolderError: a file cannot be read.
         """
         with _reading(self.path):
-            self._compare(frozenset(hashes))
+            self._compare(frozenset(hashes), frozenset() if plans else self._plan_files())
 
-    def _compare(self, hashed: frozenset[str]) -> None:
+    def _compare(self, hashed: frozenset[str], skipped: frozenset[str]) -> None:
         for name, record in self.manifest.files.items():
+            if name in skipped - hashed:
+                continue
             path = self.file(name)
             size = path.stat().st_size
             if size != record.size:
                 raise HashMismatchError(
                     f"{name!r} in {str(self.path)!r} has {size} bytes, the manifest says {record.size}; "
-                    "the file is truncated or was replaced: copy the folder again or export it anew"
+                    f"the file is truncated or was replaced: {self._advice(name)}"
                 )
             if name in hashed and (found := sha256(path)) != record.sha256:
                 raise HashMismatchError(
                     f"{name!r} in {str(self.path)!r} has SHA-256 {found[:16]}…, the manifest says "
-                    f"{record.sha256[:16]}…; the file is corrupt or was replaced: "
-                    "copy the folder again or export it anew"
+                    f"{record.sha256[:16]}…; the file is corrupt or was replaced: {self._advice(name)}"
                 )
+
+    def _plan_files(self) -> frozenset[str]:
+        """What only TensorRT reads."""
+        backends = self.manifest.backends
+        others = {name for backend in backends if backend != _TENSORRT for name in backends[backend].values()}
+        return frozenset(backends.get(_TENSORRT, {}).values()) - others
+
+    def _advice(self, name: str) -> str:
+        plan = self.manifest.plan
+        if plan is not None and name in self._plan_files():
+            return f"build the plan again with: {rebuild_command(plan, self.path)}"
+        return "copy the folder again or export it anew"
 
     def size(self) -> int:
         """Bytes of all files of the manifest."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -77,6 +79,8 @@ class Plan:
         mlm_rows: the most positions of one run of the masked-LM head; 0 without the head.
         seconds: how long the build took.
         report: what the builder found, part by part.
+        device: the GPU whose kernels were chosen by trying them, such as ``NVIDIA L4``; ``None`` where none was tried,
+            or where a release built it that did not say.
     """
 
     library: str
@@ -86,6 +90,7 @@ class Plan:
     mlm_rows: int
     seconds: float = 0.0
     report: Mapping[str, Any] = field(default_factory=dict)
+    device: str | None = None
 
     @property
     def most_tokens(self) -> int:
@@ -107,6 +112,7 @@ class Plan:
             "mlm_rows": self.mlm_rows,
             "seconds": self.seconds,
             "report": dict(self.report),
+            "device": self.device,
         }
 
     @classmethod
@@ -120,6 +126,7 @@ class Plan:
         capabilities: Any = fields.get("compute_capabilities")
         profiles: Any = fields.get("profiles")
         rows, seconds, report = fields.get("mlm_rows"), fields.get("seconds"), fields.get("report")
+        device: Any = fields.get("device")
         if not (
             isinstance(fields.get("library"), str)
             and isinstance(fields.get("version"), str)
@@ -129,6 +136,7 @@ class Plan:
             and rows >= 0
             and isinstance(seconds, int | float)
             and isinstance(report, Mapping)
+            and isinstance(device, str | None)
         ):
             raise ManifestError(
                 "engine.json: 'plan' lacks a field or has one of the wrong type; build it again"
@@ -145,7 +153,22 @@ class Plan:
             mlm_rows=rows,
             seconds=float(seconds),
             report=report,
+            device=device,
         )
+
+
+def rebuild_command(
+    plan: Plan,
+    path: str | os.PathLike[str],
+    *,
+    library: str | None = None,
+    compute_capability: str | None = None,
+) -> str:
+    """The command that builds a plan again, with its profiles, for another library or GPU if they are given."""
+    options = [f"--profile {profile}" for profile in plan.profiles]
+    capabilities = (compute_capability,) if compute_capability else plan.compute_capabilities
+    options += [f"--compute-capability {','.join(capabilities)}", f"--library {library or plan.library}"]
+    return f"bertrt build {shlex.quote(os.fspath(path))} {' '.join(options)}"
 
 
 def parse_compute_capability(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -90,6 +91,14 @@ def plan() -> Plan:
 
 def test_a_plan_survives_the_manifest(plan: Plan) -> None:
     assert Plan.from_json(plan.to_json()) == plan
+    tried = replace(plan, device="NVIDIA L4")
+    assert Plan.from_json(tried.to_json()) == tried
+
+
+def test_a_plan_of_a_release_that_did_not_say_on_which_gpu_it_was_built(plan: Plan) -> None:
+    written = plan.to_json()
+    del written["device"]
+    assert Plan.from_json(written) == plan
 
 
 def test_the_largest_block_of_a_plan(plan: Plan) -> None:
@@ -108,6 +117,7 @@ def test_the_largest_block_of_a_plan(plan: Plan) -> None:
         {"mlm_rows": True},
         {"seconds": "1"},
         {"report": []},
+        {"device": 4},
     ],
 )
 def test_a_plan_with_a_field_of_the_wrong_type(plan: Plan, change: dict[str, Any]) -> None:

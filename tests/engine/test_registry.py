@@ -253,7 +253,7 @@ class TestPlacement:
     ) -> None:
         ready = BackendStatus(name="tensorrt", available=True, version="1")
         monkeypatch.setitem(
-            registry._BACKENDS, "tensorrt", registry._Entry(status=lambda: ready, create=lambda *_: None)
+            registry._BACKENDS, "tensorrt", registry._Entry(status=lambda _: ready, create=lambda *_: None)
         )
         folder = EngineFolder.open(gpu_engine("fp16"))
         with pytest.raises(BackendUnavailableError, match=f"build it with: bertrt build {folder.path}"):
@@ -264,7 +264,7 @@ class TestPlacement:
     def test_a_folder_for_cpus_is_not_for_gpus(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ready = BackendStatus(name="tensorrt", available=True, version="1")
         monkeypatch.setitem(
-            registry._BACKENDS, "tensorrt", registry._Entry(status=lambda: ready, create=lambda *_: None)
+            registry._BACKENDS, "tensorrt", registry._Entry(status=lambda _: ready, create=lambda *_: None)
         )
         with pytest.raises(BackendUnavailableError, match="export the engine again with --target tensorrt"):
             create_backend("tensorrt", EngineFolder.open(folder))

@@ -17,11 +17,16 @@ from bertrt.backends.tensorrt.check import (
     check_plan,
     check_validity,
     find_plan_library,
-    rebuild_command,
+    warn_of_another_gpu,
 )
-from bertrt.backends.tensorrt.library import find_library, library_logger, library_version
+from bertrt.backends.tensorrt.library import (
+    capabilities_built_for,
+    find_library,
+    library_logger,
+    library_version,
+)
 from bertrt.errors import BackendUnavailableError, PlanMismatchError
-from bertrt.plans import Plan, Profile
+from bertrt.plans import Plan, Profile, rebuild_command
 
 PROFILES = ("1x16..1x64..1x64", "1x64..8x128..32x512")
 
@@ -74,6 +79,52 @@ def test_a_plan_of_another_machine(changes: dict[str, Any], message: str) -> Non
         *("bertrt", "build", "my engine", "--profile", PROFILES[0], "--profile", PROFILES[1]),
         *("--compute-capability", "8.9", "--library", "tensorrt_rtx"),
     ]
+
+
+@pytest.mark.parametrize("capability", ["9.0", "10.0"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"library": "tensorrt", "version": "11.1.0.106"}, {"version": "1.6.0.1"}]
+)
+def test_a_gpu_that_the_library_does_not_build_for(capability: str, changes: dict[str, Any]) -> None:
+    """To build the plan with it again would be refused too."""
+    known = capabilities_built_for(find_library("tensorrt_rtx"))
+    assert known is not None
+    assert capability not in known
+    here = {**HERE, "compute_capability": capability, "builds_for": known}
+    with pytest.raises(PlanMismatchError, match="tensorrt_rtx builds none for this GPU: ") as caught:
+        check_plan(plan(**changes), path="engine", **here)
+    assert 'load the engine with backend="onnxruntime", provider="cuda", or install tensorrt' in str(
+        caught.value
+    )
+    assert 'pip install "bertrt[tensorrt]"' in str(caught.value)
+    assert str(caught.value).endswith(
+        f"--profile {PROFILES[0]} --profile {PROFILES[1]} --compute-capability {capability} --library tensorrt"
+    )
+    # One that it builds for is told so, as ever.
+    other = {**HERE, "version": "1.7.2.1", "builds_for": known}
+    with pytest.raises(PlanMismatchError, match="build it again: bertrt build .* --library tensorrt_rtx$"):
+        check_plan(plan(), path="engine", **other)
+
+
+def test_what_the_libraries_build_for() -> None:
+    known = capabilities_built_for(find_library("tensorrt_rtx"))
+    assert known is not None
+    assert known[:4] == ("7.5", "8.0", "8.6", "8.9")
+    assert set(known) >= {"12.0"}
+    assert list(known) == sorted(known, key=float)
+    assert capabilities_built_for(ModuleType("tensorrt")) is None
+
+
+def test_a_gpu_of_another_kind(recwarn: pytest.WarningsRecorder) -> None:
+    there = {"path": "engine", "index": 1, "name": "NVIDIA L40S"}
+    for device in (None, "NVIDIA L40S"):
+        warn_of_another_gpu(plan(device=device), **there)
+    assert not recwarn
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"on another kind of GPU, NVIDIA L4; GPU 1 is NVIDIA L40S, .*: bertrt build engine --p",
+    ):
+        warn_of_another_gpu(plan(device="NVIDIA L4"), **there)
 
 
 def test_the_command_that_rebuilds_a_plan_as_it_was() -> None:

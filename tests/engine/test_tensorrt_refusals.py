@@ -109,6 +109,41 @@ def test_a_plan_for_another_machine_is_not_opened(gpu: Any, spoiled: Callable[..
     assert not gpu.contexts
 
 
+def test_a_gpu_that_the_library_does_not_build_for(
+    gpu: Any, spoiled: Callable[..., EngineFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    gpu.compute_capability = (9, 0)
+    with pytest.raises(PlanMismatchError, match="tensorrt_rtx builds none for this GPU") as caught:
+        TensorRTBackend(spoiled())
+    assert str(caught.value).endswith("--compute-capability 9.0 --library tensorrt")
+
+
+def test_a_plan_that_was_built_on_another_kind_of_gpu(gpu: Any, spoiled: Callable[..., EngineFolder]) -> None:
+    folder = spoiled({"device": "Imaginary GPU 0"})
+    TensorRTBackend(folder).close()
+    with pytest.warns(
+        RuntimeWarning, match="built on another kind of GPU, Imaginary GPU 0; GPU 1 is Imaginary GPU 1"
+    ) as caught:
+        TensorRTBackend(folder, devices=[0, 1]).close()
+    assert len(caught) == 1
+
+
+def test_what_the_library_remarks_is_passed_on(gpu: Any, folder: EngineFolder) -> None:
+    gpu.warnings_of_library = [
+        "Using an engine plan file across different models of devices is not supported"
+    ]
+    with pytest.warns(RuntimeWarning, match="^TensorRT on GPU 1: Using an engine plan file across") as caught:
+        TensorRTBackend(folder, devices=[1]).close()
+    # Three plans are loaded; what is said of all of them is said once.
+    assert len(caught) == 1
+    # Whoever takes warnings for errors gets one, and nothing is left behind.
+    with pytest.raises(RuntimeWarning):
+        TensorRTBackend(folder)
+    gc.collect()
+    assert not gpu.live()
+
+
 def test_files_that_are_no_plans(
     gpu: Any, spoiled: Callable[..., EngineFolder], folder: EngineFolder
 ) -> None:

@@ -25,6 +25,7 @@ from bertrt.errors import (
     EngineNotFoundError,
     HashMismatchError,
     InputError,
+    MissingFileError,
     PlanBuildError,
     PlanMismatchError,
 )
@@ -113,6 +114,49 @@ def test_json_is_one_line_and_nothing_else(
         "bytes": sum((path / name).stat().st_size for name in files.values()),
     }
     assert result["report"]["encoder"]["fused_attention"] == 3
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
+def test_a_damaged_plan_is_built_again_by_the_command_that_the_error_names(
+    damage: str, small_parts: Callable[..., Path]
+) -> None:
+    path = small_parts()
+    run(path, *RTX, *FEW, "--compute-capability", "8.9,12.0")
+    before = EngineFolder.open(path).manifest
+    data = bytearray((path / "mlm.plan").read_bytes())
+    if damage == "missing":
+        (path / "mlm.plan").unlink()
+    else:
+        data[100] ^= 1
+        (path / "mlm.plan").write_bytes(data[:5000] if damage == "cut" else data)
+    with pytest.raises((MissingFileError, HashMismatchError), match=r"'mlm\.plan'") as caught:
+        EngineFolder.open(path)
+    program, name, *arguments = shlex.split(str(caught.value).partition("build the plan again with: ")[2])
+    assert (program, name) == ("bertrt", "build")
+    assert run(*arguments) == EXIT_OK
+    after = EngineFolder.open(path).manifest
+    assert after.files.keys() == before.files.keys()
+    assert before.plan is not None
+    assert after.plan is not None
+    assert after.plan.profiles == before.plan.profiles
+    assert after.plan.compute_capabilities == before.plan.compute_capabilities
+
+
+def test_a_damaged_graph_is_exported_again(small_parts: Callable[..., Path]) -> None:
+    path = small_parts()
+    run(path, *RTX, *FEW)
+    folder = EngineFolder.open(path)
+    # Even if a manifest calls it a plan.
+    roles = {**folder.manifest.backends["tensorrt"], "other": "mlm.onnx"}
+    folder.replace_manifest(
+        replace(folder.manifest, backends={**folder.manifest.backends, "tensorrt": roles})
+    )
+    (path / "mlm.onnx").write_bytes((path / "mlm.onnx").read_bytes()[:100])
+    for open_it in (lambda: EngineFolder.open(path, verify=False), lambda: run(path, *RTX, *FEW)):
+        with pytest.raises(
+            HashMismatchError, match=r"'mlm\.onnx' .*: copy the folder again or export it anew"
+        ):
+            open_it()
 
 
 class TestAPlanOfAnotherMachine:

@@ -130,6 +130,7 @@ def test_every_precision(
         assert report[part]["seconds"] > 0
         assert "inspector" not in report[part]
     assert (plan.library, plan.version) == (RTX, library_version(find_library(RTX)))
+    assert plan.device is None
     assert capabilities <= set(plan.compute_capabilities)
     assert plan.profiles == default_profiles(manifest.architecture)
     assert plan.mlm_rows == 1024
@@ -186,6 +187,7 @@ def test_the_options_reach_the_library(
                     "capabilities": [config.get_compute_capability(index).name for index in range(count)],
                     "level": config.builder_optimization_level,
                     "tf32": config.get_flag(module.BuilderFlag.TF32),
+                    "allocates": not config.get_flag(module.BuilderFlag.REQUIRE_USER_ALLOCATION),
                     "typed": network.get_flag(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED),
                 }
             )
@@ -198,6 +200,8 @@ def test_the_options_reach_the_library(
     )
     assert plan_of(manifest).compute_capabilities == ("8.9", "12.0")
     common = {"capabilities": ["SM89", "SM120"], "level": 2, "tf32": True, "typed": True}
+    # So that a run can be captured.
+    common["allocates"] = False
     assert seen == [{"profiles": count, **common} for count in (2, 1, 1)]
     seen.clear()
     build(small_parts("fp32"), profiles=profiles, compute_capabilities=["8.9"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.machinery
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,8 @@ import pytest
 from bertrt.backends import cuda
 from bertrt.backends.cuda import DeviceProperties
 from bertrt.backends.tensorrt.library import find_library
+from bertrt.cli import main
+from bertrt.cli.command import EXIT_OK
 from bertrt.errors import BackendUnavailableError, InputError, PlanBuildError
 from bertrt.folder import EngineFolder
 from bertrt.manifest import Manifest
@@ -22,7 +23,7 @@ from bertrt.plans import Profile
 from bertrt_export.plans import build as build_module
 from bertrt_export.plans import build_plans
 from bertrt_export.plans.capabilities import choose_capabilities
-from bertrt_export.plans.inspector import inspect_plan, summarize_layers
+from bertrt_export.plans.keep import Staging
 from bertrt_export.plans.timing_cache import TimingCache
 
 FEW = (Profile.parse("1x1..1x8"),)
@@ -73,6 +74,7 @@ class TestTheGpuOfThisMachine:
         assert plan is not None
         assert (plan.library, plan.version) == ("tensorrt", "11.1.0.106")
         assert plan.compute_capabilities == ("8.9",)
+        assert plan.device == "a GPU"
         # What the inspector says where there is a GPU.
         assert [report["inspector"] for report in plan.report.values()] == [
             {"part": part} for part in ("encoder", "mlm", "pooler")
@@ -131,19 +133,47 @@ class TestTheGpuOfThisMachine:
             plan = build(path, library="tensorrt_rtx").plan
             assert plan is not None
             assert ("inspector" in plan.report["encoder"]) is inspected
+            # It is for every GPU of that capability.
+            assert plan.device is None
+
+    @pytest.mark.usefixtures("tensorrt")
+    def test_an_inspection_that_fails_costs_no_plan(
+        self,
+        gpu: Callable[..., None],
+        small_parts: Callable[..., Path],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        gpu("8.9")
+
+        def inspect(module: ModuleType, data: Any, part: str) -> dict[str, Any]:
+            if part == "mlm":
+                raise PlanBuildError("out of memory")
+            return {"device_memory": 4_200_000}
+
+        monkeypatch.setattr(build_module, "inspect_plan", inspect)
+        path = small_parts()
+        assert main(["build", str(path), "--profile", "1x1..1x8"]) == EXIT_OK
+        plan = EngineFolder.open(path).manifest.plan
+        assert plan is not None
+        found = [report["inspector"] for report in plan.report.values()]
+        assert found == [
+            {"device_memory": 4_200_000},
+            {"error": "out of memory"},
+            {"device_memory": 4_200_000},
+        ]
+        said = capsys.readouterr().out.splitlines()
+        assert [line.split()[-2:] for line in said[2:5]][0::2] == [["4.2", "MB"]] * 2
+        assert said[3].endswith(" ?")
+        assert "the mlm was built, but could not be inspected: out of memory" in said
 
 
 class TestTheTimingCache:
-    def test_is_written_and_read_again(
-        self,
-        tensorrt: ModuleType,
-        gpu: Callable[..., None],
-        small_parts: Callable[..., Path],
-        tmp_path: Path,
-    ) -> None:
-        gpu("8.9")
-        path, engine = tmp_path / "cache", small_parts()
-        real, given = tensorrt.Builder, []
+    @pytest.fixture
+    def given(self, tensorrt: ModuleType) -> list[bytes]:
+        """What each build was given, with a library whose cache grows by a byte with every build."""
+        real: Any = tensorrt.Builder
+        given: list[bytes] = []
 
         class Config:
             """The real configuration, and a cache that grows by a byte with every build."""
@@ -183,6 +213,13 @@ class TestTheTimingCache:
                 return self.real.build_serialized_network(network, config.real)
 
         tensorrt.Builder = Builder
+        return given
+
+    def test_is_written_and_read_again(
+        self, given: list[bytes], gpu: Callable[..., None], small_parts: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        gpu("8.9")
+        path, engine = tmp_path / "cache", small_parts()
         build(engine, timing_cache=path)
         # Each part gets what the one before it has added.
         assert given == [b"", b"m", b"mm"]
@@ -190,6 +227,54 @@ class TestTheTimingCache:
         build(engine, timing_cache=path)
         assert given[3:] == [b"mmm", b"mmmm", b"mmmmm"]
         assert path.read_bytes() == b"m" * 6
+
+    @pytest.mark.usefixtures("given")
+    @pytest.mark.parametrize("error", [PlanBuildError("no room"), KeyboardInterrupt()])
+    def test_is_kept_when_the_build_fails_after_a_part(
+        self,
+        error: BaseException,
+        gpu: Callable[..., None],
+        small_parts: Callable[..., Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        gpu("8.9")
+        path, engine = tmp_path / "cache", small_parts()
+        add, parts = Staging.add, []
+
+        def fail_at_the_second(self: Staging, part: str, data: Any) -> Any:
+            parts.append(part)
+            if len(parts) == 2:
+                raise error
+            return add(self, part, data)
+
+        monkeypatch.setattr(Staging, "add", fail_at_the_second)
+        with pytest.raises(type(error)) as caught:
+            build(engine, timing_cache=path)
+        assert caught.value is error
+        assert path.read_bytes() == b"mm"
+        assert EngineFolder.open(engine).manifest.plan is None
+
+    @pytest.mark.usefixtures("given")
+    def test_that_cannot_be_kept_either_is_no_other_error(
+        self,
+        gpu: Callable[..., None],
+        small_parts: Callable[..., Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        gpu("8.9")
+        path, engine = tmp_path / "cache", small_parts()
+
+        def fail(self: Staging, part: str, data: Any) -> Any:
+            path.mkdir()
+            raise PlanBuildError("no room")
+
+        monkeypatch.setattr(Staging, "add", fail)
+        with pytest.raises(PlanBuildError, match="no room") as caught:
+            build(engine, timing_cache=path)
+        assert str(caught.value) == "no room"
+        assert "the timing cache" in caught.value.__notes__[0]
 
     @pytest.mark.usefixtures("tensorrt")
     @pytest.mark.filterwarnings(NO_OPS)
@@ -241,64 +326,18 @@ class TestTheTimingCache:
         self, tensorrt: ModuleType, tmp_path: Path
     ) -> None:
         cache = TimingCache(tmp_path / "folder-to-be", tensorrt)
+        cache.take(SimpleNamespace(get_timing_cache=lambda: SimpleNamespace(serialize=lambda: b"x")))
         (tmp_path / "folder-to-be").mkdir()
-        with pytest.raises(PlanBuildError, match="the plans are built, but the timing cache"):
+        with pytest.raises(PlanBuildError, match="a plan is built, but the timing cache"):
             cache.keep()
+
+    def test_to_which_nothing_was_added_is_left_alone(self, tensorrt: ModuleType, tmp_path: Path) -> None:
+        TimingCache(tmp_path / "cache", tensorrt).keep()
+        assert not (tmp_path / "cache").exists()
 
     def test_tensorrt_rtx_has_none(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="tensorrt_rtx has no timing cache"):
             TimingCache(tmp_path / "cache", find_library("tensorrt_rtx"))
-
-
-class TestTheInspector:
-    LAYERS = json.dumps(
-        {
-            "Layers": [
-                {
-                    "Name": "a",
-                    "LayerType": "gemm",
-                    "Inputs": [{"Name": "x", "Format/Datatype": "Int8"}],
-                    "Outputs": [{"Name": "y", "Format/Datatype": "Half"}],
-                },
-                {"Name": "b", "LayerType": "gemm", "Inputs": [{"Format/Datatype": "FP8"}], "Outputs": []},
-                {"Name": "c", "LayerType": "kgen"},
-                "d",
-            ]
-        }
-    )
-
-    def test_layers_are_counted(self) -> None:
-        assert summarize_layers(self.LAYERS) == {
-            "layers": 4,
-            "kinds": {"gemm": 2, "kgen": 1, "unknown": 1},
-            "int8": 1,
-            "fp8": 1,
-        }
-
-    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"Layers": 3}'])
-    def test_what_is_no_list_of_layers(self, text: str) -> None:
-        with pytest.raises(PlanBuildError, match="gave no list of layers"):
-            summarize_layers(text)
-
-    def make_module(self, engine: object) -> ModuleType:
-        module = ModuleType("a_library")
-        real = find_library("tensorrt_rtx")
-        module.ILogger, module.LayerInformationFormat = real.ILogger, real.LayerInformationFormat
-        module.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda data: engine)
-        return module
-
-    def test_a_plan_that_loads(self) -> None:
-        inspector = SimpleNamespace(get_engine_information=lambda kind: self.LAYERS)
-        engine = SimpleNamespace(create_engine_inspector=lambda: inspector, device_memory_size_v2=4096)
-        found = inspect_plan(self.make_module(engine), b"plan", "mlm")
-        assert found["device_memory"] == 4096
-        assert found["layers"] == 4
-
-    def test_a_plan_that_does_not_load(self) -> None:
-        with pytest.raises(
-            PlanBuildError, match="a plan of part 'mlm' that it does not load on this machine's GPU"
-        ):
-            inspect_plan(self.make_module(None), b"plan", "mlm")
 
 
 @pytest.mark.gpu

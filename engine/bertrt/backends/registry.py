@@ -13,6 +13,7 @@ from bertrt.backends.base import Backend
 from bertrt.backends.placement import Placement, Provider
 from bertrt.errors import BackendUnavailableError, InputError, KernelsNotBuiltError
 from bertrt.folder import EngineFolder
+from bertrt.plans import Plan
 
 # Not from their modules, which load the libraries.
 ONNXRUNTIME: Final = "onnxruntime"
@@ -29,9 +30,9 @@ class BackendStatus:
         version: of the library beneath, if it is there.
         reason: why it is not available and what to install, else an empty string.
         isa: the instruction set of its kernels, where it chooses one itself.
-        blocked: whether it is there, but something is in its way that can be put right: kernels that do not
-            load, or what the user asked of it through the environment. That is never a reason to take another
-            backend instead.
+        blocked: whether it is there, but something is in its way that can be put right: kernels or a library that
+            do not load, a driver that is too old, or what the user asked of it through the environment. That is never
+            a reason to take another backend instead.
     """
 
     name: str
@@ -44,13 +45,14 @@ class BackendStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Entry:
-    status: Callable[[], BackendStatus]
+    # Of a folder's plan, where that is what the backend would run.
+    status: Callable[[Plan | None], BackendStatus]
     create: Callable[[EngineFolder, Placement], Backend]
 
 
 def backend_status() -> list[BackendStatus]:
     """The state of every backend, best first."""
-    return [entry.status() for entry in _BACKENDS.values()]
+    return [entry.status(None) for entry in _BACKENDS.values()]
 
 
 def backend_names() -> tuple[str, ...]:
@@ -81,8 +83,9 @@ def create_backend(
     Raises:
         InputError: threads, provider or devices are out of range, or do not suit the backend.
         BackendUnavailableError: the named backend cannot run here, or the folder has no files for it. Also the
-            best one when it is there but does not load, or cannot do what a variable asks of it
-            (``BERTRT_ISA``, ``BERTRT_PIN_THREADS``, ``BERTRT_HUGE_PAGES``): another one instead would be a surprise.
+            best one when it is there but does not load, the driver beneath is too old, or it cannot do what a
+            variable asks of it (``BERTRT_ISA``, ``BERTRT_PIN_THREADS``, ``BERTRT_HUGE_PAGES``): another one instead
+            would be a surprise.
         BackendRunError, EngineFolderError: the backend cannot load the engine.
     """
     placement = Placement.make(threads=threads, provider=provider, devices=devices)
@@ -105,11 +108,11 @@ def choose_backend(name: str | None, folder: EngineFolder, placement: Placement)
     reasons, able = [], []
     candidates = [name] if name else _suitable(placement)
     for candidate in candidates:
-        status = _BACKENDS[candidate].status()
+        status = _BACKENDS[candidate].status(folder.manifest.plan)
         held_here = candidate in folder.manifest.backends
         if not status.available:
-            if status.blocked and held_here:
-                raise BackendUnavailableError(f"{candidate}: {status.reason}")
+            if status.blocked and held_here and not _lacks_plan(candidate, folder):
+                raise BackendUnavailableError(f"{candidate}: {status.reason}{_instead(candidate, name)}")
             reasons.append(f"{candidate}: {status.reason}")
         elif not held_here:
             held = (
@@ -119,7 +122,7 @@ def choose_backend(name: str | None, folder: EngineFolder, placement: Placement)
             )
             reasons.append(f"{candidate}: of the files that it needs the engine folder has {held}")
             able.append(candidate)
-        elif candidate == TENSORRT and folder.manifest.plan is None:
+        elif _lacks_plan(candidate, folder):
             build = f"bertrt build {folder.path}"
             reasons.append(f"{candidate}: the plan has not been built yet; build it with: {build}")
         else:
@@ -130,6 +133,19 @@ def choose_backend(name: str | None, folder: EngineFolder, placement: Placement)
     advice = advice or [f"install what {' or '.join(candidates)} needs and export the engine again for it"]
     raise BackendUnavailableError(
         f"no backend can run this engine here ({'; '.join(reasons)}); {', or '.join(advice)}"
+    )
+
+
+def _lacks_plan(candidate: str, folder: EngineFolder) -> bool:
+    return candidate == TENSORRT and folder.manifest.plan is None
+
+
+def _instead(candidate: str, name: str | None) -> str:
+    """What to do where a blocked backend cannot be put right."""
+    return (
+        f'; or name the backend {ONNXRUNTIME} (backend="{ONNXRUNTIME}")'
+        if candidate == TENSORRT and not name
+        else ""
     )
 
 
@@ -156,7 +172,7 @@ def _check_placement(name: str, placement: Placement) -> None:
         )
 
 
-def _native_status() -> BackendStatus:
+def _native_status(_plan: Plan | None) -> BackendStatus:
     name = native.NAME
     try:
         version = str(native.load_kernels().__version__)
@@ -177,15 +193,26 @@ def _create_native(folder: EngineFolder, placement: Placement) -> Backend:
     return native.NativeBackend(folder, threads=placement.threads)
 
 
-def _tensorrt_status() -> BackendStatus:
+def _tensorrt_status(plan: Plan | None) -> BackendStatus:
     # Imported here, with all that speaks to a GPU.
     from bertrt.backends import cuda
     from bertrt.backends.tensorrt import library as trt_library
+    from bertrt.backends.tensorrt.check import plan_library_name
 
-    library = trt_library.library_problem()
-    version = None if library else trt_library.describe_library()
+    # Others beside it may be too old, or broken: that does not matter to the plan.
+    name = None if plan is None else plan_library_name(plan)
+    library = trt_library.library_problem(name)
+    version = None if library else trt_library.describe_library(name)
     problems = [problem for problem in (library, cuda.problem()) if problem]
-    return BackendStatus(name=TENSORRT, available=not problems, version=version, reason="; ".join(problems))
+    # Where there is no GPU, an engine for GPUs runs on the processor, whatever else is the matter.
+    installed = any(map(trt_library.is_installed, [name] if name else trt_library.LIBRARIES))
+    return BackendStatus(
+        name=TENSORRT,
+        available=not problems,
+        version=version,
+        reason="; ".join(problems),
+        blocked=bool(problems) and installed and not cuda.has_no_gpu(),
+    )
 
 
 def _create_tensorrt(folder: EngineFolder, placement: Placement) -> Backend:
@@ -194,7 +221,7 @@ def _create_tensorrt(folder: EngineFolder, placement: Placement) -> Backend:
     return TensorRTBackend(folder, devices=placement.devices or (0,))
 
 
-def _onnxruntime_status() -> BackendStatus:
+def _onnxruntime_status(_plan: Plan | None) -> BackendStatus:
     name = ONNXRUNTIME
     if importlib.util.find_spec(name) is None:
         reason = 'onnxruntime is not installed; pip install "bertrt[ort]"'

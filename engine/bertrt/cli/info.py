@@ -135,6 +135,7 @@ def _plan(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("library", f"{plan.library} {plan.version}"),
         ("compute capability", ", ".join(plan.compute_capabilities)),
+        *([("built on", plan.device)] if plan.device else []),
         ("profiles", ", ".join(map(str, plan.profiles))),
         ("masked-LM rows", str(plan.mlm_rows)),
         *((part, _flat(_built(facts))) for part, facts in plan.report.items()),

@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
     profiles = [Profile.parse(text) for text in args.profile]
     capabilities = [part.strip() for text in args.compute_capability for part in text.split(",")]
     # What is read of the folder is verified when it is.
-    folder = EngineFolder.open(args.engine, verify=False)
+    folder = EngineFolder.open(args.engine, verify=False, plans=False)
     with Progress("build steps") as progress:
         manifest = build_plans(
             folder,
@@ -98,9 +98,9 @@ def _run(args: argparse.Namespace) -> int:
 
 def _describe(path: Path, manifest: Manifest, plan: Plan) -> str:
     size = sum(part["plan_bytes"] for part in plan.report.values())
-    inspected = all("inspector" in report for report in plan.report.values())
+    inspector = {part: report["inspector"] for part, report in plan.report.items() if "inspector" in report}
     rows = [
-        ("part", "layers", "attention", "products", "plan", "seconds", *(["workspace"] if inspected else []))
+        ("part", "layers", "attention", "products", "plan", "seconds", *(["workspace"] if inspector else []))
     ]
     rows += [
         (
@@ -110,7 +110,7 @@ def _describe(path: Path, manifest: Manifest, plan: Plan) -> str:
             _products(report["products"]),
             human_bytes(report["plan_bytes"]),
             f"{report['seconds']:.1f}",
-            *([human_bytes(report["inspector"]["device_memory"])] if inspected else []),
+            *([_workspace(inspector[part])] if inspector else []),
         )
         for part, report in plan.report.items()
     ]
@@ -119,10 +119,19 @@ def _describe(path: Path, manifest: Manifest, plan: Plan) -> str:
             f"{path}: {manifest.source.name}, {manifest.precision}, plans of {plan.library} {plan.version} for compute "
             f"capability {', '.join(plan.compute_capabilities)}, {human_bytes(size)}, {plan.seconds:.1f} s",
             table(rows, align="<><<>>>"),
+            *(
+                f"the {part} was built, but could not be inspected: {found['error']}"
+                for part, found in inspector.items()
+                if "error" in found
+            ),
             f"profiles: {', '.join(map(str, plan.profiles))}",
             f"next: bertrt info {path}",
         )
     )
+
+
+def _workspace(inspected: dict[str, Any]) -> str:
+    return human_bytes(inspected["device_memory"]) if "device_memory" in inspected else "?"
 
 
 def _attention(report: dict[str, Any]) -> str:

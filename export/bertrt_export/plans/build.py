@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ from bertrt.folder import EngineFolder
 from bertrt.manifest import Manifest
 from bertrt.plans import Plan, Profile
 from bertrt_export.plans.builder import BuildOptions, Steps, build_plan, make_builder
-from bertrt_export.plans.capabilities import choose_capabilities, present_capability
+from bertrt_export.plans.capabilities import choose_capabilities, present_capability, tried_device
 from bertrt_export.plans.inspector import inspect_plan
 from bertrt_export.plans.keep import Staging
 from bertrt_export.plans.network import parse_part
@@ -44,7 +45,8 @@ def build_plans(
         profiles: of the encoder; none: see `bertrt_export.plans.default_profiles`. `bertrt_export.plans.profiles` says
             which shapes the heads get.
         compute_capabilities: such as ``["8.9"]``; none: see `bertrt_export.plans.capabilities.choose_capabilities`.
-        timing_cache: a file that is read if it is there, and written at the end; of ``tensorrt`` only.
+        timing_cache: a file that is read if it is there, and written at the end, also of a build that fails once a
+            part is built; of ``tensorrt`` only.
         optimization_level: see `BuildOptions`.
         library: ``tensorrt`` or ``tensorrt_rtx``; by default the first of them that is installed.
         progress: called at every step of the builder, from a thread of its own; what it raises ends the build.
@@ -53,7 +55,8 @@ def build_plans(
         The folder's new manifest. Its ``plan.report`` has for each part: ``layers`` of the parsed network;
         ``fused_attention`` and ``decomposed_attention``, attention layers of either kind; ``products``, the name of
         each matrix product with the type of its operands; ``workspace_limit``, ``plan_bytes``, ``seconds``; and with
-        a GPU that the plan is for ``inspector``, see `bertrt_export.plans.inspector.inspect_plan`.
+        a GPU that the plan is for ``inspector``, see `bertrt_export.plans.inspector.inspect_plan`, or what it could
+        not do as its only entry ``error``.
 
     Raises:
         InputError: profiles, compute capabilities, level or timing cache are not what they must be.
@@ -79,12 +82,12 @@ def build_plans(
     )
     cache = None if timing_cache is None else TimingCache(timing_cache, module)
     start = time.perf_counter()
-    with Staging(folder, tuple(dict.fromkeys(graphs.values()))) as staging:
-        folder.check(hashes=graphs.values())
+    with _keeping(cache), Staging(folder, tuple(dict.fromkeys(graphs.values()))) as staging:
+        folder.check(hashes=graphs.values(), plans=False)
         report = _in_a_thread(
             lambda steps: _build_parts(module, folder, parts, options, staging, cache, steps), Steps(progress)
         )
-        built = staging.keep(
+        return staging.keep(
             Plan(
                 library=module.__name__,
                 version=library_version(module),
@@ -93,11 +96,9 @@ def build_plans(
                 mlm_rows=mlm_rows(options.profiles, manifest.heads),
                 seconds=round(time.perf_counter() - start, 3),
                 report=report,
+                device=tried_device(module),
             )
         )
-    if cache is not None:
-        cache.keep()
-    return built
 
 
 def _build_parts(
@@ -137,8 +138,32 @@ def _build_parts(
             "seconds": built.seconds,
         }
         if inspected:
-            report[part.part]["inspector"] = inspect_plan(module, built.data, part.part)
+            report[part.part]["inspector"] = _inspect(module, built.data, part.part)
     return report
+
+
+def _inspect(module: ModuleType, data: Any, part: str) -> dict[str, Any]:
+    """It informs, no more: a plan is not thrown away for it."""
+    try:
+        return inspect_plan(module, data, part)
+    except PlanBuildError as error:
+        return {"error": str(error)}
+
+
+@contextlib.contextmanager
+def _keeping(cache: TimingCache | None) -> Iterator[None]:
+    """Keep the cache, whatever becomes of the build: what was measured took minutes."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            if cache is not None:
+                cache.keep()
+        except PlanBuildError as second:
+            error.add_note(str(second))
+        raise
+    if cache is not None:
+        cache.keep()
 
 
 def _in_a_thread(work: Callable[[Steps], dict[str, Any]], steps: Steps) -> dict[str, Any]:

@@ -145,6 +145,8 @@ def build_plan(
         for index, capability in enumerate(options.compute_capabilities):
             member = module.ComputeCapability.__members__[member_name(capability)]
             config.set_compute_capability(member, index)
+        # Else it may allocate memory in a run, which then cannot be captured, and no context says how much.
+        config.set_flag(module.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if precision == "fp32":
         config.clear_flag(module.BuilderFlag.TF32)
     if options.optimization_level is not None:

@@ -6,13 +6,12 @@ kernels when the plan is loaded, and a plan can be for several compute capabilit
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Final
 
 from bertrt.backends import cuda
-from bertrt.backends.tensorrt.library import TENSORRT, library_version
+from bertrt.backends.tensorrt.library import TENSORRT, capabilities_built_for, library_version
 from bertrt.errors import BackendUnavailableError, InputError
 from bertrt.manifest import Precision
 from bertrt.plans import parse_compute_capability
@@ -42,7 +41,7 @@ def choose_capabilities(module: ModuleType, asked: Sequence[str], precision: Pre
     if module.__name__ == TENSORRT:
         chosen = [_of_this_machine(module, wanted)]
     else:
-        known = _known_capabilities(module)
+        known = [_numbers(text) for text in capabilities_built_for(module) or ()]
         for capability in wanted:
             if capability not in known:
                 raise InputError(
@@ -72,6 +71,11 @@ def present_capability() -> str | None:
     return None if cuda.problem() else cuda.device_properties(0).compute_capability
 
 
+def tried_device(module: ModuleType) -> str | None:
+    """The name of the GPU on which a library tries its kernels when it builds; ``None`` if it tries none."""
+    return cuda.device_properties(0).name if module.__name__ == TENSORRT else None
+
+
 def _of_this_machine(module: ModuleType, wanted: list[tuple[int, int]]) -> tuple[int, int]:
     if problem := cuda.problem():
         raise BackendUnavailableError(
@@ -86,12 +90,6 @@ def _of_this_machine(module: ModuleType, wanted: list[tuple[int, int]]) -> tuple
             f"{_text(here)}, not for {others}; build where that GPU is, or with --library tensorrt_rtx"
         )
     return here
-
-
-def _known_capabilities(module: ModuleType) -> list[tuple[int, int]]:
-    names = module.ComputeCapability.__members__
-    found = [re.fullmatch(r"SM(\d+)(\d)", name) for name in names]
-    return sorted((int(match[1]), int(match[2])) for match in found if match)
 
 
 def _numbers(capability: str) -> tuple[int, int]:

@@ -25,16 +25,21 @@ def inspect_plan(module: ModuleType, data: Any, part: str) -> dict[str, Any]:
         PlanBuildError: the library does not load what it has just built.
     """
     with collect_messages() as messages:
-        runtime = module.Runtime(library_logger(module))
-        engine = runtime.deserialize_cuda_engine(data)
-    if engine is None:
-        raise PlanBuildError(
-            f"{module.__name__} built a plan of part {part!r} that it does not load on this machine's GPU: "
-            f"{describe_messages(messages)}"
-        )
-    inspector = engine.create_engine_inspector()
-    text = inspector.get_engine_information(module.LayerInformationFormat.JSON)
-    return {"device_memory": int(engine.device_memory_size_v2), **summarize_layers(text)}
+        try:
+            runtime = module.Runtime(library_logger(module))
+            engine = runtime.deserialize_cuda_engine(data)
+            if engine is not None:
+                inspector = engine.create_engine_inspector()
+                text = inspector.get_engine_information(module.LayerInformationFormat.JSON)
+                return {"device_memory": int(engine.device_memory_size_v2), **summarize_layers(text)}
+            said = describe_messages(messages)
+        except PlanBuildError:
+            raise
+        except Exception as error:  # the bindings' exceptions have no common base but this
+            said = describe_messages(messages) if messages.errors else str(error)
+    raise PlanBuildError(
+        f"{module.__name__} built a plan of part {part!r} that it does not load on this machine's GPU: {said}"
+    )
 
 
 def summarize_layers(text: str) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class Staging:
 
     def _exchange(self, plan: Plan) -> Manifest:
         path, known = self._folder.path, self._folder.manifest.files
-        there = EngineFolder.open(path, verify=False)
+        there = EngineFolder.open(path, verify=False, plans=False)
         same = all(there.manifest.files.get(name) == known[name] for name in self._sources)
         if not same or stamp(path, self._sources)[-len(self._sources) :] != self._stamp:
             raise PlanBuildError(

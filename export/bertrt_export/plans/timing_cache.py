@@ -38,6 +38,7 @@ class TimingCache:
             )
         self._path = path
         self._data = _read(path)
+        self._grown = False
 
     def give(self, config: Any) -> None:
         """Let a builder configuration use the cache.
@@ -69,19 +70,21 @@ class TimingCache:
             data = None if cache is None else cache.serialize()
         if data is None:
             raise PlanBuildError(f"TensorRT does not give its timing cache: {describe_messages(messages)}")
-        self._data = bytes(memoryview(data))
+        self._data, self._grown = bytes(memoryview(data)), True
 
     def keep(self) -> None:
-        """Write the file, whole or not at all.
+        """Write the file, whole or not at all, if a build has added anything.
 
         Raises:
             PlanBuildError: it cannot be written.
         """
+        if not self._grown:
+            return
         try:
             write_file(self._path, self._data)
         except OSError as error:
             raise PlanBuildError(
-                f"the plans are built, but the timing cache {str(self._path)!r} cannot be written: "
+                f"a plan is built, but the timing cache {str(self._path)!r} cannot be written: "
                 f"{error.strerror or error}; name a file that can"
             ) from error
 

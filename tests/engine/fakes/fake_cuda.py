@@ -72,8 +72,9 @@ def _modules(gpu):
     def cudaGetDeviceProperties(device):
         if not 0 <= device < gpu.count:
             raise Failure(E.cudaErrorInvalidDevice)
+        major, minor = gpu.compute_capability
         return SimpleNamespace(
-            name=b"Imaginary GPU %d" % device, major=8, minor=9, totalGlobalMem=gpu.capacity
+            name=b"Imaginary GPU %d" % device, major=major, minor=minor, totalGlobalMem=gpu.capacity
         )
 
     @function(runtime, captured=True)

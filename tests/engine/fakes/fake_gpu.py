@@ -87,6 +87,7 @@ class Gpu:
     def __init__(self, count=1, capacity=1 << 30):
         self.count, self.capacity = count, capacity
         self.driver, self.built = 13050, 13000
+        self.compute_capability = 8, 9
         self.calls, self.violations = [], []
         self.contexts, self.lost = set(), {}
         self.lock = threading.RLock()

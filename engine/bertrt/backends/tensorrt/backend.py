@@ -21,8 +21,8 @@ from bertrt.backends.base import BatchOutput, Float32, Int32, Int64, TokenBatch,
 from bertrt.backends.buckets import BucketRunner, Buckets, pad_rows, row_bucket
 from bertrt.backends.padded import BlockLimits, PaddedBackend
 from bertrt.backends.parts import ENCODER, MLM, POOLER, Array, parts_of
-from bertrt.backends.tensorrt.check import check_plan, find_plan_library
-from bertrt.backends.tensorrt.library import library_version
+from bertrt.backends.tensorrt.check import check_plan, find_plan_library, warn_of_another_gpu
+from bertrt.backends.tensorrt.library import capabilities_built_for, library_version
 from bertrt.backends.tensorrt.worker import Worker
 from bertrt.errors import (
     BackendUnavailableError,
@@ -73,7 +73,10 @@ class TensorRTBackend(PaddedBackend):
                 library=module.__name__,
                 version=library_version(module),
                 compute_capability=found.compute_capability,
+                builds_for=capabilities_built_for(module),
             )
+        for device, found in zip(self._devices, properties, strict=True):
+            warn_of_another_gpu(plan, path=folder.path, index=device, name=found.name)
         self._names = tuple(found.name for found in properties)
         buckets = Buckets(plan.profiles, rebuild=f"bertrt build {shlex.quote(str(folder.path))}")
         workers: list[Worker] = []

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
+import warnings
+from collections.abc import Collection
 from types import ModuleType
 from typing import Any, Final, NoReturn
 
 from bertrt.backends.tensorrt import library as trt_library
 from bertrt.errors import BackendUnavailableError, PlanMismatchError
-from bertrt.plans import Plan
+from bertrt.plans import Plan, rebuild_command
 
 # What `check_header` reads of a plan; its caller need not read more.
 HEADER_SIZE: Final = 64
@@ -32,13 +33,23 @@ def find_plan_library(plan: Plan) -> ModuleType:
     Raises:
         BackendUnavailableError: no library is installed, or it does not work.
     """
+    return trt_library.find_library(plan_library_name(plan))
+
+
+def plan_library_name(plan: Plan) -> str | None:
+    """The library that built a plan, if it is installed; else ``None``, which stands for the best that is."""
     known = plan.library in trt_library.LIBRARIES
-    there = known and trt_library.is_installed(plan.library)
-    return trt_library.find_library(plan.library if there else None)
+    return plan.library if known and trt_library.is_installed(plan.library) else None
 
 
 def check_plan(
-    plan: Plan, *, path: str | os.PathLike[str], library: str, version: str, compute_capability: str
+    plan: Plan,
+    *,
+    path: str | os.PathLike[str],
+    library: str,
+    version: str,
+    compute_capability: str,
+    builds_for: Collection[str] | None = None,
 ) -> None:
     """Compare what the manifest says about a plan with the machine.
 
@@ -48,18 +59,45 @@ def check_plan(
         library: that will read it, ``tensorrt`` or ``tensorrt_rtx``.
         version: of the library.
         compute_capability: of the GPU that will run it, such as ``8.9``.
+        builds_for: the GPUs that the library could build it for; ``None``: this one.
 
     Raises:
         PlanMismatchError: another library or release built it, or for other GPUs; with the command that rebuilds it.
     """
-    command = rebuild_command(plan, path, library=library, compute_capability=compute_capability)
+    able = builds_for is None or compute_capability in builds_for
+    builder = library if able else trt_library.TENSORRT
+    command = rebuild_command(plan, path, library=builder, compute_capability=compute_capability)
+    advice = f"build it again: {command}"
+    if not able:
+        advice = (
+            f'{library} builds none for this GPU: load the engine with backend="onnxruntime", provider="cuda", or '
+            f"install {builder} ({trt_library.install_line(builder)}) and build it again: {command}"
+        )
     if plan.library != library:
-        _refuse(f"was built by {plan.library} {plan.version}, here is {library} {version}", command)
+        _refuse(f"was built by {plan.library} {plan.version}, here is {library} {version}", advice)
     if plan.version != version:
-        _refuse(f"was built by {library} {plan.version}, which alone reads it; here is {version}", command)
+        _refuse(f"was built by {library} {plan.version}, which alone reads it; here is {version}", advice)
     if compute_capability not in plan.compute_capabilities:
         made_for = ", ".join(plan.compute_capabilities)
-        _refuse(f"was built for compute capability {made_for}; this GPU has {compute_capability}", command)
+        _refuse(f"was built for compute capability {made_for}; this GPU has {compute_capability}", advice)
+
+
+def warn_of_another_gpu(plan: Plan, *, path: str | os.PathLike[str], index: int, name: str) -> None:
+    """Say so if a plan's kernels were chosen on a GPU of another kind, of the same compute capability.
+
+    Args:
+        plan: from the manifest.
+        path: the engine folder.
+        index: of the GPU that will run it.
+        name: of that, such as ``NVIDIA L4``.
+    """
+    if plan.device not in {None, name}:
+        warnings.warn(
+            f"the TensorRT plan was built on another kind of GPU, {plan.device}; GPU {index} is {name}, where it may "
+            f"be slow or fail; build it again: {rebuild_command(plan, path)}",
+            RuntimeWarning,
+            stacklevel=1,
+        )
 
 
 def check_header(plan: Plan, header: bytes, *, path: str | os.PathLike[str], name: str) -> None:
@@ -74,16 +112,16 @@ def check_header(plan: Plan, header: bytes, *, path: str | os.PathLike[str], nam
     Raises:
         PlanMismatchError: not a plan, or that of another library or release; with the command that rebuilds it.
     """
-    command = rebuild_command(plan, path)
+    advice = f"build it again: {rebuild_command(plan, path)}"
     tag, layout = bytes(header[:4]), bytes(header[_LAYOUT])
     if len(header) < _VERSION.stop or tag not in _TAGS:
-        _refuse("is none: it does not begin as plans do", command, name)
+        _refuse("is none: it does not begin as plans do", advice, name)
     if _TAGS[tag] != plan.library:
-        _refuse(f"is one of {_TAGS[tag]}, the manifest says {plan.library}", command, name)
+        _refuse(f"is one of {_TAGS[tag]}, the manifest says {plan.library}", advice, name)
     # Other layouts are the library's own affair: it looks again when it reads the plan.
     found = bytes(header[_VERSION])
     if layout == bytes(4) and found != _version_bytes(plan.version):
-        _refuse(f"is of version {'.'.join(map(str, found))}, the manifest says {plan.version}", command, name)
+        _refuse(f"is of version {'.'.join(map(str, found))}, the manifest says {plan.version}", advice, name)
 
 
 def check_validity(
@@ -114,30 +152,16 @@ def check_validity(
     said = ", ".join(reason.lower().replace("_", " ") for reason in reasons) or " ".join(messages.errors[:1])
     refused = f"is refused by {module.__name__} ({said or 'it gives no reason'})"
     if _PLAN_AT_FAULT & set(reasons):
-        _refuse(refused, rebuild_command(plan, path), name)
+        _refuse(refused, f"build it again: {rebuild_command(plan, path)}", name)
     raise BackendUnavailableError(
         f"the TensorRT plan {name!r} {refused}; check the NVIDIA driver and the GPU's free memory with 'nvidia-smi'"
     )
-
-
-def rebuild_command(
-    plan: Plan,
-    path: str | os.PathLike[str],
-    *,
-    library: str | None = None,
-    compute_capability: str | None = None,
-) -> str:
-    """The command that builds a plan again, with its profiles, for another library or GPU if they are given."""
-    options = [f"--profile {profile}" for profile in plan.profiles]
-    capabilities = (compute_capability,) if compute_capability else plan.compute_capabilities
-    options += [f"--compute-capability {','.join(capabilities)}", f"--library {library or plan.library}"]
-    return f"bertrt build {shlex.quote(os.fspath(path))} {' '.join(options)}"
 
 
 def _version_bytes(version: str) -> bytes:
     return bytes(int(number) & 0xFF for number in re.findall(r"\d+", version)[:4])
 
 
-def _refuse(problem: str, command: str, name: str | None = None) -> NoReturn:
+def _refuse(problem: str, advice: str, name: str | None = None) -> NoReturn:
     what = "the TensorRT plan" if name is None else f"the TensorRT plan {name!r}"
-    raise PlanMismatchError(f"{what} {problem}; build it again: {command}")
+    raise PlanMismatchError(f"{what} {problem}; {advice}")

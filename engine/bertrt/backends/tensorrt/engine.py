@@ -24,11 +24,11 @@ from typing import Any, Final
 from bertrt.backends.cuda import failed, out_of_memory
 from bertrt.backends.cuda.objects import DeviceBuffer, Stream
 from bertrt.backends.parts import CANDIDATES, ENCODER, MLM, part_inputs, part_outputs
-from bertrt.backends.tensorrt.check import HEADER_SIZE, check_header, check_validity, rebuild_command
+from bertrt.backends.tensorrt.check import HEADER_SIZE, check_header, check_validity
 from bertrt.backends.tensorrt.library import collect_messages, library_logger
 from bertrt.errors import BackendRunError, DeviceError, DeviceLostError, ShapeMismatchError
 from bertrt.folder import EngineFolder
-from bertrt.plans import Plan
+from bertrt.plans import Plan, rebuild_command
 
 # How the libraries say that memory ran out; their errors have no codes.
 _MEMORY: Final = re.compile(

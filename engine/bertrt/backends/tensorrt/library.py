@@ -48,7 +48,7 @@ def find_library(name: str | None = None) -> ModuleType:
         if is_installed(candidate):
             return _load(candidate)
     missing = "neither tensorrt nor tensorrt_rtx is" if name is None else f"{name} is not"
-    lines = ", or ".join(map(_install_line, candidates))
+    lines = ", or ".join(map(install_line, candidates))
     raise BackendUnavailableError(f"{missing} installed; {lines}")
 
 
@@ -60,6 +60,14 @@ def is_installed(name: str) -> bool:
 def library_version(module: ModuleType) -> str:
     """The version of a library, such as ``1.7.1.116``."""
     return str(module.__version__)
+
+
+def capabilities_built_for(module: ModuleType) -> tuple[str, ...] | None:
+    """The compute capabilities that a library builds plans for, rising; ``None``: that of the GPU where it builds."""
+    if module.__name__ == TENSORRT:
+        return None
+    found = (re.fullmatch(r"SM(\d+)(\d)", name) for name in module.ComputeCapability.__members__)
+    return tuple(f"{major}.{minor}" for major, minor in sorted((int(m[1]), int(m[2])) for m in found if m))
 
 
 def library_problem(name: str | None = None) -> str | None:
@@ -87,19 +95,20 @@ def _load(name: str) -> ModuleType:
         version = library_version(module)
     except (ImportError, OSError, AttributeError, RuntimeError) as error:
         raise BackendUnavailableError(
-            f"{name} is installed but does not load ({error}); run: {_install_line(name)} --force-reinstall"
+            f"{name} is installed but does not load ({error}); run: {install_line(name)} --force-reinstall"
         ) from error
     numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if numbers < _LEAST[name]:
         least = ".".join(map(str, _LEAST[name]))
         raise BackendUnavailableError(
             f"{name} {version} is too old: it would choose types of its own; {least} or later is needed: "
-            f"{_install_line(name)} --upgrade"
+            f"{install_line(name)} --upgrade"
         )
     return module
 
 
-def _install_line(name: str) -> str:
+def install_line(name: str) -> str:
+    """The command that installs a library."""
     return f'pip install "bertrt[{_EXTRA[name]}]"'
 
 

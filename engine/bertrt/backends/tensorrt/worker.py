@@ -14,8 +14,9 @@ inputs to the device too, as every run needs it. The outputs are copied outside,
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Final
@@ -28,6 +29,7 @@ from bertrt.backends.cuda.downloads import Downloads
 from bertrt.backends.cuda.objects import DeviceBuffer, Stream
 from bertrt.backends.parts import ENCODER, MLM, POOLER, Array, part_outputs, parts_of
 from bertrt.backends.tensorrt.engine import PartEngine, make_runtime
+from bertrt.backends.tensorrt.library import collect_messages
 from bertrt.backends.tensorrt.parts import Part, Program, Shared
 from bertrt.errors import DeviceMemoryError
 from bertrt.folder import EngineFolder
@@ -55,6 +57,9 @@ class Worker:
 
     Raises:
         BackendError, EngineFolderError: see `bertrt.backends.tensorrt.engine.PartEngine`; nothing is left behind.
+
+    Warns:
+        RuntimeWarning: with what the library remarked meanwhile.
     """
 
     def __init__(
@@ -70,7 +75,7 @@ class Worker:
         # Of programs.
         self._limit = MOST_GRAPHS
         try:
-            with on_device(device), ExitStack() as made:
+            with on_device(device), collect_messages() as said, ExitStack() as made:
                 self._stream = Stream()
                 made.callback(self._stream.close)
                 self._parts = self._open(module, folder, plan, made)
@@ -80,6 +85,7 @@ class Worker:
                 # Before anything goes that a run may need.
                 made.callback(self._stream.settle)
                 self._prepare(plan)
+                _pass_on(said.warnings, device)
                 self._made = made.pop_all()
         except BaseException as error:
             _forget(error)
@@ -228,6 +234,12 @@ class Worker:
     def _drop_programs(self) -> None:
         for key in list(self._programs):
             self._drop(key)
+
+
+def _pass_on(said: Iterable[str], device: int) -> None:
+    """Let the user hear what the library remarked while it loaded the plan."""
+    for text in dict.fromkeys(said):
+        warnings.warn(f"TensorRT on GPU {device}: {text.strip()}", RuntimeWarning, stacklevel=1)
 
 
 def _forget(error: BaseException | None) -> None:
