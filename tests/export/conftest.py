@@ -14,6 +14,7 @@ import transformers
 from bertrt_export.checkpoints import open_checkpoint
 from bertrt_export.exporter import export_engine
 from bertrt_export.graph.typed import ActivationScale
+from bertrt_export.quantize import float16_scales
 
 QUANTIZED = ("attention.self.qkv", "attention.output.dense", "intermediate.dense", "output.dense")
 
@@ -21,8 +22,9 @@ QUANTIZED = ("attention.self.qkv", "attention.output.dense", "intermediate.dense
 def one_scale(layers: int) -> Any:
     """What calibration gives, with one scale for all: plans do not depend on its value."""
     names = [f"encoder.layer.{layer}.{name}" for layer in range(layers) for name in QUANTIZED]
-    scales = {name: ActivationScale(scale=0.05) for name in names}
-    return SimpleNamespace(scales=scales, to_json=lambda: {"scales": dict.fromkeys(names, 0.05)})
+    scale = float(float16_scales(0.05, "int8"))
+    scales = {name: ActivationScale(scale=scale) for name in names}
+    return SimpleNamespace(scales=scales, to_json=lambda: {"scales": dict.fromkeys(names, scale)})
 
 
 @pytest.fixture(scope="session")

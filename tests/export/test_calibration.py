@@ -123,7 +123,8 @@ def test_scales_are_those_of_pytorchs_activations(
         percentile = 100.0 if method == "max" else 99.0
         # As above; a percentile lies between two of the values, and is besides known to a bin only.
         below, above = (np.percentile(magnitudes, percentile, method=side) for side in ("lower", "higher"))
-        slack = 2e-5 * above + (0 if method == "max" else magnitudes.max() / 2048)
+        # A scale is rounded to float16.
+        slack = (2e-5 + 2**-11) * above + (0 if method == "max" else magnitudes.max() / 2048)
         assert below - slack <= scale.scale * largest <= above + slack
 
 
@@ -136,7 +137,8 @@ def test_moved_channels_fill_the_range_and_keep_zero(
         assert scale.shift is not None
         assert scale.smoothing is not None
         steps = (values - scale.shift) / scale.smoothing / scale.scale
-        assert 126 < np.abs(steps).max() < 127.01
+        # A scale is rounded to float16.
+        assert 126 * (1 - 2**-11) < np.abs(steps).max() < 127.01 * (1 + 2**-11)
         zero = scale.shift / scale.smoothing / scale.scale
         np.testing.assert_allclose(zero, np.rint(zero), atol=1e-3)
 
@@ -156,8 +158,8 @@ def test_small_batches_give_the_same_scales(
     assert sum(done) == streamed.sequences == whole.sequences
     for product, scale in whole.scales.items():
         # Products of other shapes add up in another order; a value on the border of a bin may change its place, and
-        # with it a threshold by one of the 128 that are tried.
-        tolerance = 1e-5 if method in {"max", "percentile"} else 0.02
+        # with it a threshold by one of the 128 that are tried. Otherwise it may become the next float16.
+        tolerance = 2**-10 if method in {"max", "percentile"} else 0.02
         assert streamed.scales[product].scale == pytest.approx(scale.scale, rel=tolerance)
 
 

@@ -19,7 +19,7 @@ from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
 from bertrt.backends.parts import CANDIDATES, TOP_K, part_inputs, part_outputs
-from bertrt.errors import ExportError
+from bertrt.errors import CalibrationError, ExportError
 from bertrt_export.checkpoints import Checkpoint, open_checkpoint
 from bertrt_export.graph import parts as graph_parts
 from bertrt_export.graph.emitter import WeightFile, count_operators
@@ -115,8 +115,12 @@ def largest_error(found: Arrays, expected: Arrays, inputs: Arrays) -> float:
     )
 
 
-def constant_scales(built: dict[str, PartGraph], scale: float = 0.02) -> dict[str, ActivationScale]:
-    return {name: ActivationScale(scale=scale) for name in built["encoder"].inputs}
+def constant_scales(built: dict[str, PartGraph]) -> dict[str, ActivationScale]:
+    return {name: ActivationScale(scale=float16(0.02)) for name in built["encoder"].inputs}
+
+
+def float16(number: float) -> float:
+    return float(np.float16(number))
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
@@ -200,8 +204,9 @@ class QuantizedLinear(torch.nn.Module):
         self.shift = torch.zeros(width) if scale.shift is None else torch.from_numpy(scale.shift)
         self.smoothing = torch.ones(width) if scale.smoothing is None else torch.from_numpy(scale.smoothing)
         smooth = linear.weight.detach() * self.smoothing
-        rows = smooth.abs().amax(1, keepdim=True) / {"int8": 127, "fp8": 448}[kind]
-        self.weight = self.round(smooth / rows) * rows
+        largest = {"int8": 127, "fp8": 448}[kind]
+        rows = (smooth.abs().amax(1, keepdim=True) / largest).half().float()
+        self.weight = self.round((smooth / rows).clamp(-largest, largest)) * rows
         self.bias = linear.bias.detach() + self.weight @ (self.shift / self.smoothing)
 
     def round(self, x: torch.Tensor) -> torch.Tensor:
@@ -229,7 +234,7 @@ def test_quantised_products_are_what_they_say(
         width = 40 if name.endswith("output.dense") and "attention" not in name else 24
         scales[name] = ActivationScale(
             # 8 bits up to about 4, or the 448 of float8 up to about 4.
-            scale=0.03 if precision == "int8" else 0.01,
+            scale=float16(0.03 if precision == "int8" else 0.01),
             shift=generator.normal(0, 0.3, width).astype(np.float32) if smooth else None,
             smoothing=generator.uniform(0.5, 2, width).astype(np.float32) if smooth else None,
         )
@@ -302,6 +307,35 @@ def test_a_quantised_graph_has_a_pair_for_every_operand(small_bert: Any, build: 
     )
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_scale_has_the_type_of_what_it_divides_or_gives_back(
+    precision: str, small_bert: Any, build: Callable[..., Any]
+) -> None:
+    """For other types ONNX Runtime's CUDA provider has no kernels, and before 1.31 its CPU provider none either."""
+    _, built = build(small_bert(), "fp32")
+    _, quantised = build(small_bert(), precision, constant_scales(built))
+    graph = onnx.shape_inference.infer_shapes(quantised["encoder"].model, strict_mode=True).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    found = set()
+    for node in graph.node:
+        assert not any(attribute.name in {"output_dtype", "precision"} for attribute in node.attribute)
+        if node.op_type == "QuantizeLinear":
+            assert types[node.input[0]] == types[node.input[1]] == TensorProto.FLOAT
+            [scale] = [tensor for tensor in graph.initializer if tensor.name == node.input[1]]
+            found.add(float(onnx.numpy_helper.to_array(scale)))
+        if node.op_type == "DequantizeLinear":
+            assert types[node.input[1]] == types[node.output[0]] == TensorProto.FLOAT16
+    # Of both types, one number.
+    assert found == {float16(0.02)}
+
+
+@pytest.mark.parametrize("scale", [0.03, 0.0, -1.0, float("nan"), float("inf"), 1e-9, 70000.0])
+def test_a_scale_that_float16_does_not_hold(scale: float) -> None:
+    with pytest.raises(CalibrationError, match="must be a positive float16 number, got .*float16_scales"):
+        ActivationScale(scale=scale)
+
+
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_activations_beyond_float16_saturate(
     precision: str, inputs: Arrays, small_bert: Any, build: Callable[..., Any]
@@ -366,14 +400,21 @@ def test_a_scale_that_is_missing(
         weights.close()
 
 
-def test_weights_beyond_float16(small_bert: Any, save_checkpoint: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp16", "int8", "fp8"])
+def test_weights_beyond_float16(
+    precision: str, small_bert: Any, save_checkpoint: Any, tmp_path: Path
+) -> None:
     model = small_bert()
     with torch.no_grad():
         model.bert.encoder.layer[0].output.dense.weight[0, 0] = 70000.0
     with open_checkpoint(save_checkpoint(model)) as checkpoint:
+        weights = WeightFile(tmp_path / "other")
+        built = build_parts(checkpoint, weights, precision="fp32")
+        weights.close()
         weights = WeightFile(tmp_path / "weights")
-        with pytest.raises(ExportError, match=r"reach 7e\+04, float16 ends at 65504"):
-            build_parts(checkpoint, weights, precision="fp16")
+        message = r"reach 7e\+04, float16 ends at 65504; export with --precision fp32"
+        with pytest.raises(ExportError, match=message):
+            build_parts(checkpoint, weights, precision=precision, scales=constant_scales(built))
         weights.close()
 
 

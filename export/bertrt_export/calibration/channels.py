@@ -17,9 +17,8 @@ import numpy.typing as npt
 
 from bertrt.backends.base import Float32
 from bertrt.errors import CalibrationError
-from bertrt_export.graph.products import FLOAT16_LARGEST
 from bertrt_export.graph.typed import ActivationScale
-from bertrt_export.quantize import WEIGHT_TYPES, WeightType
+from bertrt_export.quantize import WEIGHT_TYPES, WeightType, float16_scales
 
 Float64 = npt.NDArray[np.float64]
 
@@ -72,12 +71,10 @@ class Channels:
     def scale(self, kind: WeightType, threshold: float) -> ActivationScale:
         """Quantise so that ``threshold`` becomes the type's largest value.
 
-        The scale is a float32; positive; and small enough for a dequantised value to fit float16.
+        The scale is a float16 number; positive; and small enough for a dequantised value to fit float16.
         """
-        most = WEIGHT_TYPES[kind].largest
-        least = float(np.finfo(np.float32).tiny)
         # Rounded once here, so that the shift is a multiple of what the graph will hold.
-        scale = float(np.float32(min(max(threshold / most, least), FLOAT16_LARGEST / most)))
+        scale = float(float16_scales(threshold / WEIGHT_TYPES[kind].largest, kind))
         shift = None
         if self.middle is not None:
             step = scale if self.smoothing is None else scale * self.smoothing.astype(np.float64)

@@ -25,9 +25,8 @@ from onnx import TensorProto
 from bertrt.errors import ExportError
 from bertrt.manifest import Dialect, Precision
 from bertrt_export.graph.emitter import MICROSOFT, GraphEmitter
-from bertrt_export.quantize import QuantizedWeight, quantize_per_channel
+from bertrt_export.quantize import FLOAT16_LARGEST, QuantizedWeight, quantize_per_channel
 
-FLOAT16_LARGEST = 65504.0
 _TABLE = "embeddings.word_embeddings"
 _SMALLEST_SCALE = 1e-30
 _STEPS_BELOW_ZERO = 16
@@ -257,10 +256,19 @@ def to_float16(values: npt.NDArray[np.float32], name: str) -> npt.NDArray[np.flo
     Raises:
         ExportError: it reaches beyond float16's range.
     """
+    check_float16(values, name, "fp32 or int8")
+    return values.astype(np.float16)
+
+
+def check_float16(values: npt.NDArray[np.float32], name: str, others: str) -> None:
+    """See to it that a weight lies within float16; ``others`` are precisions that do without.
+
+    Raises:
+        ExportError: it reaches beyond.
+    """
     largest = float(np.abs(values).max())
     if largest > FLOAT16_LARGEST:
         raise ExportError(
             f"the weights of {name!r} reach {largest:.4g}, float16 ends at {FLOAT16_LARGEST:.0f}; "
-            "export with --precision fp32 or int8"
+            f"export with --precision {others}"
         )
-    return values.astype(np.float16)

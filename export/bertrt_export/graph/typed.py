@@ -16,7 +16,8 @@ QuantizeLinear / DequantizeLinear pairs of int8 and fp8, stand in the graph.
   (`bertrt_export.calibration`), after each channel has been moved to the middle of its range and divided by a factor
   that evens out the channels: SmoothQuant (Xiao et al. 2023, https://arxiv.org/abs/2211.10438) and the channel shifts
   of Outlier Suppression+ (Wei et al. 2023, https://arxiv.org/abs/2304.09145). Both are taken back in the weights and
-  the bias.
+  the bias. Scales are float16 numbers, so that a DequantizeLinear has the scale's type: for others ONNX Runtime has no
+  kernels on GPUs, and before 1.31 none at all.
 """
 
 from __future__ import annotations
@@ -31,12 +32,18 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from bertrt.architecture import BertArchitecture
-from bertrt.errors import ExportError
+from bertrt.errors import CalibrationError, ExportError
 from bertrt.manifest import Precision
 from bertrt_export.graph.dialects import MASKED, OnnxOperators
 from bertrt_export.graph.emitter import GraphEmitter
-from bertrt_export.graph.products import FLOAT16_LARGEST, Products, Weights, to_float16
-from bertrt_export.quantize import WEIGHT_TYPES, QuantizedWeight, WeightType, quantize_per_channel
+from bertrt_export.graph.products import Products, Weights, check_float16, to_float16
+from bertrt_export.quantize import (
+    FLOAT16_LARGEST,
+    WEIGHT_TYPES,
+    QuantizedWeight,
+    WeightType,
+    quantize_per_channel,
+)
 
 Float32 = npt.NDArray[np.float32]
 # The type of products and attention, in ONNX's words.
@@ -61,15 +68,26 @@ class ActivationScale:
     """How the input of a product is quantised: ``(x - shift) / smoothing`` is a multiple of ``scale``.
 
     Attributes:
-        scale: of the whole tensor, positive.
+        scale: of the whole tensor, positive, a float16 number (see `bertrt_export.quantize.float16_scales`).
         shift: ``[channels] float32``, or ``None`` for zero. A multiple of ``scale * smoothing``, so that zero, around
             which activations lie most densely, stays exact.
         smoothing: ``[channels] float32``, positive, or ``None`` for one.
+
+    Raises:
+        CalibrationError: the scale is not such a number.
     """
 
     scale: float
     shift: Float32 | None = None
     smoothing: Float32 | None = None
+
+    def __post_init__(self) -> None:
+        # Rounded in the graph only, it would not be what the shift is a multiple of.
+        if not (0 < self.scale <= FLOAT16_LARGEST and float(np.float16(self.scale)) == self.scale):
+            raise CalibrationError(
+                f"a scale must be a positive float16 number, got {self.scale!r}; round it with "
+                "bertrt_export.quantize.float16_scales"
+            )
 
 
 class FusedQueries:
@@ -238,8 +256,9 @@ class QuantizedProducts(TypedProducts):
 
         # The weight file of a folder holds one precision only, so its names need not tell.
         values = emitter.weight(f"{name}.weight_q", lambda: once().values.T)
-        scale = emitter.weight(f"{name}.weight_scale", lambda: once().scale)
-        weight = self._dequantize(values, scale, f"{name}.weight", axis=1)
+        scale = emitter.weight(f"{name}.weight_scale", lambda: once().scale.astype(np.float16))
+        # A zero point would need the scale's shape; left out it is zero.
+        weight = emitter.node("DequantizeLinear", [values, scale], name=f"{name}.weight", axis=1)
         product = emitter.node("MatMul", [activation, weight], name=name)
         return self._widen(product, self.working_type, name)
 
@@ -253,25 +272,22 @@ class QuantizedProducts(TypedProducts):
         if how.smoothing is not None:
             factor = np.float32(1) / how.smoothing
             x = emitter.node("Mul", [x, emitter.weight(f"{where}.factor", lambda: factor)], name=where)
-        scale = emitter.scalar(float(np.float32(how.scale)))
-        quantized = emitter.node("QuantizeLinear", [x, scale, self._zero()], name=where)
-        return self._dequantize(quantized, scale, where)
-
-    def _dequantize(self, values: str, scale: str, name: str, *, axis: int | None = None) -> str:
-        inputs = [values, scale, self._zero()]
-        if axis is None:
-            return self.emitter.node("DequantizeLinear", inputs, name=name, output_dtype=self.working_type)
-        # A zero point would need the scale's shape; left out it is zero.
-        return self.emitter.node(
-            "DequantizeLinear", inputs[:2], name=name, output_dtype=self.working_type, axis=axis
-        )
+        # One number in two types, each that of what is divided or given back.
+        wide = emitter.scalar(how.scale)
+        narrow = emitter.constant(f"float16_{how.scale!r}", np.array(how.scale, np.float16))
+        quantized = emitter.node("QuantizeLinear", [x, wide, self._zero()], name=where)
+        return emitter.node("DequantizeLinear", [quantized, narrow, self._zero()], name=where)
 
     def _zero(self) -> str:
         return self.emitter.constant(f"{self._type}_0", np.zeros((), WEIGHT_TYPES[self._type].dtype))
 
     def _quantize_weight(self, name: str) -> QuantizedWeight:
         weight, smoothing = self.weights.tensor(f"{name}.weight"), self._scales[name].smoothing
-        return quantize_per_channel(weight if smoothing is None else weight * smoothing, self._type)
+        if smoothing is not None:
+            weight = weight * smoothing
+        # Seen only once they are taken back, they would be cut off.
+        check_float16(weight, name, "fp32")
+        return quantize_per_channel(weight, self._type, float16=True)
 
 
 class TypedOperators(OnnxOperators):
