@@ -19,6 +19,7 @@ from bertrt_bench import agreement
 from bertrt_bench.agreement import Agreement
 from bertrt_bench.cases import RANKED, TOP_K, Case, Question, SpecialIds, make_question
 from bertrt_bench.contestants import ENGINE, ContestantKind, Setup
+from bertrt_bench.patience import StepTimeout
 from bertrt_bench.process import ContestantProcess, Turn
 from bertrt_bench.reference import reference_folder
 from bertrt_bench.texts import make_text_question
@@ -98,7 +99,7 @@ class Arena:
                 private = scratch / f"contestant-{number}"
                 private.mkdir()
                 own = replace(setup, precision=kind.precision_beside(self._folder.manifest.precision))
-                process = ContestantProcess(kind, own, private, timeout=self._timeout)
+                process = ContestantProcess(kind, own, private, patience=StepTimeout(self._timeout))
                 self.contestants.append(stack.enter_context(process))
             self._ask_questions(scratch)
             self._stack = stack.pop_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,3 +66,25 @@ def alive() -> Callable[[int], bool]:
         return True
 
     return check
+
+
+@pytest.fixture
+def gone() -> Callable[[int], None]:
+    """A function that waits until a process that is no child of ours has ended.
+
+    Whoever collects orphans here may leave it a zombie; and it takes a moment to die.
+    """
+
+    def lives(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    def wait(pid: int) -> None:
+        patience = time.monotonic() + 60
+        while lives(pid):
+            assert time.monotonic() < patience, f"process {pid} lives on"
+            time.sleep(0.01)
+
+    return wait

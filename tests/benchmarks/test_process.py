@@ -14,7 +14,9 @@ import pytest
 from bertrt.errors import MeasurementError
 from bertrt_bench.cases import Case, SpecialIds, make_question
 from bertrt_bench.contestants import ContestantKind, Setup
-from bertrt_bench.process import ContestantProcess, worker_environment
+from bertrt_bench.environment import worker_environment
+from bertrt_bench.patience import StepTimeout
+from bertrt_bench.process import ContestantProcess
 
 CASE = Case(task="features", batch=2, sequence=6)
 # Much longer than any step here takes; a test that meets it has failed.
@@ -26,7 +28,8 @@ def start(tmp_path: Path) -> Callable[..., ContestantProcess]:
     def make(kind: ContestantKind, timeout: float = PATIENCE) -> ContestantProcess:
         folder = tmp_path / kind.name
         folder.mkdir()
-        return ContestantProcess(kind, Setup(engine="none", threads=2), folder, timeout=timeout)
+        setup = Setup(engine="none", threads=2)
+        return ContestantProcess(kind, setup, folder, patience=StepTimeout(timeout))
 
     return make
 
@@ -42,8 +45,9 @@ def question(tmp_path: Path) -> Path:
 
 def test_a_contestant_answers_and_is_timed(fakes, start, question: Path, alive) -> None:
     with start(fakes.kind("a")) as process:
-        pid = process.pid
+        (pid,) = fakes.pids()
         assert alive(pid)
+        assert process.usable
         assert process.versions == {"fake": "1.0"}
         assert process.details == {"omp": "2", "setup_threads": "2"}
         assert process.threads == 2
@@ -55,7 +59,7 @@ def test_a_contestant_answers_and_is_timed(fakes, start, question: Path, alive) 
         assert min(turn.nanoseconds) > 0
         # One run for the answer, two to warm up, seven timed.
         assert sum(event.what.startswith("run") for event in fakes.events()) == 10
-    assert process.pid is None
+    assert not process.usable
     assert not alive(pid)
 
 
@@ -68,7 +72,7 @@ def test_a_turn_by_time_ends(fakes, start, question: Path) -> None:
 
 def test_two_contestants_give_the_same_answer(fakes, start, question: Path) -> None:
     with start(fakes.kind("a")) as first, start(fakes.kind("b")) as second:
-        assert first.pid != second.pid
+        assert len(fakes.pids()) == 2
         answers = []
         for process in (first, second):
             process.prepare(0, CASE, question)
@@ -101,6 +105,51 @@ def test_a_contestant_that_fails_is_told_and_reaped(
     assert "\n" not in str(caught.value)
     (pid,) = fakes.pids()
     assert not alive(pid)
+
+
+def test_what_a_dead_contestant_left_running_ends_with_it(
+    fakes, start, question: Path, gone: Callable[[int], None]
+) -> None:
+    with (
+        pytest.raises(MeasurementError, match="was ended by SIGKILL"),
+        start(fakes.kind("orphans")) as process,
+    ):
+        process.prepare(0, CASE, question)
+        process.answer(0, CASE, rows=100)
+        process.time(0, CASE, warmup=0, runs=1, seconds=0)
+    (orphan,) = [event.pid for event in fakes.events() if event.name == "orphan"]
+    gone(orphan)
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "usable"),
+    [
+        ("raises", "failed: out of paper", True),
+        ("dies", "ended with exit code 7", False),
+        ("garbles", "not JSON", False),
+        ("late", "gave no answer within 1 s", False),
+    ],
+)
+def test_who_can_be_asked_after_an_error(
+    fakes, start, question: Path, name: str, message: str, usable: bool
+) -> None:
+    with start(fakes.kind(name)) as process:
+        process.prepare(0, CASE, question)
+        process.answer(0, CASE, rows=100)
+        if name == "late":
+            process.patience = StepTimeout(1.0)
+        with pytest.raises(MeasurementError, match=message):
+            process.time(0, CASE, warmup=0, runs=1, seconds=0)
+        assert process.usable is usable
+        process.patience = StepTimeout(PATIENCE)
+        if usable:
+            process.prepare(1, CASE, question)
+        else:
+            # An answer that comes late would be taken for this one's.
+            with pytest.raises(MeasurementError, match="cannot be asked any more .* start it anew"):
+                process.prepare(1, CASE, question)
+        process.abandon()
+        assert not process.usable
 
 
 def test_the_end_of_standard_error_goes_with_the_error(fakes, start, question: Path) -> None:
@@ -141,8 +190,8 @@ def test_an_ended_contestant_cannot_be_asked(fakes, start, question: Path) -> No
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
 def test_an_interruption_ends_the_worker(fakes, start, alive, interruption: type[BaseException]) -> None:
-    with pytest.raises(interruption), start(fakes.kind("a")) as process:
-        pid = process.pid
+    with pytest.raises(interruption), start(fakes.kind("a")):
+        (pid,) = fakes.pids()
         raise interruption
     assert not alive(pid)
 

@@ -28,6 +28,7 @@ from bertrt_bench.contestants.pytorch import open_torch
 from bertrt_bench.gpu.rivals import open_sdpa
 from bertrt_bench.measure import measure
 from bertrt_bench.options import BenchOptions
+from bertrt_bench.patience import StepTimeout
 from bertrt_bench.process import ContestantProcess
 from bertrt_bench.texts import make_text_question
 from bertrt_export.demo import demo_folder
@@ -116,7 +117,7 @@ def ask(demo_engine, tmp_path: Path) -> Callable[..., dict[str, np.ndarray]]:
         setup = Setup(
             engine=str(demo_engine()), threads=THREADS, reference=str(demo_folder()), precision=precision
         )
-        with ContestantProcess(RIVALS[name], setup, scratch, timeout=300) as process:
+        with ContestantProcess(RIVALS[name], setup, scratch, patience=StepTimeout(300)) as process:
             process.prepare(0, case, folder)
             return dict(process.answer(0, case, rows=10_000))
 
@@ -283,7 +284,7 @@ def test_a_conversion_that_fails_says_so(demo_engine, tmp_path: Path) -> None:
     question(demo_engine(), case).save(folder)
     with (
         pytest.raises(MeasurementError, match="cannot convert the reference checkpoint") as caught,
-        ContestantProcess(RIVALS["onnxruntime"], setup, scratch, timeout=300) as process,
+        ContestantProcess(RIVALS["onnxruntime"], setup, scratch, patience=StepTimeout(300)) as process,
     ):
         process.prepare(0, case, folder)
     assert "there is no checkpoint folder" in "".join(caught.value.__notes__)
@@ -293,7 +294,7 @@ def test_a_conversion_that_fails_says_so(demo_engine, tmp_path: Path) -> None:
 def test_rivals_need_a_reference(demo_engine, tmp_path: Path, name: str) -> None:
     setup = Setup(engine=str(demo_engine()), threads=THREADS)
     with pytest.raises(MeasurementError, match=f"the {name} contestant needs a reference checkpoint"):
-        ContestantProcess(RIVALS[name], setup, tmp_path, timeout=300).__enter__()
+        ContestantProcess(RIVALS[name], setup, tmp_path, patience=StepTimeout(300)).__enter__()
 
 
 def test_the_engines_instruction_set_is_in_its_details(demo_engine) -> None:

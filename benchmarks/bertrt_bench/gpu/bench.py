@@ -20,8 +20,9 @@ from bertrt_bench.gpu.device import Gpu
 from bertrt_bench.gpu.judge import Judge
 from bertrt_bench.gpu.lineup import ONNX, ONNXRUNTIME, TENSORRT, Contender, Step
 from bertrt_bench.gpu.options import GpuOptions
-from bertrt_bench.gpu.processes import Entrant, run_job
+from bertrt_bench.gpu.processes import run_job
 from bertrt_bench.gpu.subject import Subject
+from bertrt_bench.process import ContestantProcess
 
 # Seconds more for a case, or a turn, that was begun within its step's time: what is cut off costs the contestant.
 _CASE_GRACE: Final = 60.0
@@ -41,7 +42,7 @@ class Present:
     """
 
     contender: Contender
-    process: Entrant
+    process: ContestantProcess
     cases: list[int] = field(default_factory=list)
 
 
@@ -143,7 +144,8 @@ class Bench:
             reference=str(self._subject.weights),
             precision=contender.precision,
         )
-        process = Entrant(contender.kind, setup, self._folder(), share=share.with_grace(_CASE_GRACE))
+        patience = share.with_grace(_CASE_GRACE)
+        process = ContestantProcess(contender.kind, setup, self._folder(), patience=patience)
         here = Present(contender=contender, process=process)
         with contextlib.ExitStack() as stack:
             stack.callback(process.abandon)
@@ -171,7 +173,7 @@ class Bench:
             raise BackendUnavailableError("no contestant is there; the steps before say why")
         before = self._state()
         for here in self.present.values():
-            here.process.share = share.with_grace(_TURN_GRACE)
+            here.process.patience = share.with_grace(_TURN_GRACE)
         rounds: list[int] = []
         left: dict[str, str] = {}
         complete = all(self._round(rounds, left, share) for _ in range(self._options.scale.rounds))
@@ -225,7 +227,7 @@ class Bench:
                 left_out[str(case)] = "compiled for fixed shapes; each block of a mix would be compiled anew"
                 continue
             # A case takes about as long as the one before it.
-            if share.left <= 0 or here.process.share.left < took:
+            if share.left <= 0 or here.process.patience.seconds(0.0) < took:
                 left_out[str(case)] = "the cases before it used up the time of the step"
                 continue
             began = time.monotonic()
@@ -261,7 +263,7 @@ class Bench:
             for name, here in list(self.present.items()):
                 if index not in here.cases:
                     continue
-                if share.left <= 0 or here.process.share.left < _LEAST_TURN + scale.turn_seconds:
+                if share.left <= 0 or here.process.patience.seconds(0.0) < _LEAST_TURN + scale.turn_seconds:
                     return False
                 try:
                     turn = here.process.time(

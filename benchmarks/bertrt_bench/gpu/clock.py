@@ -69,6 +69,15 @@ class Share:
         """Seconds until its end; negative after it."""
         return self.end - self.clock.spent
 
+    def seconds(self, measured: float) -> float:  # noqa: ARG002 - what is measured is within the share
+        """How long a request may take from now; see `bertrt_bench.patience.Patience`."""
+        return max(0.0, self.left)
+
+    @property
+    def advice(self) -> str:
+        """What to do when it is used up."""
+        return "the time of its step is used up; raise --minutes, or name fewer steps with --only"
+
     def with_grace(self, seconds: float) -> Share:
         """The same, with some seconds more to finish what was begun in time."""
         return replace(self, end=min(self.end + seconds, self.limit))

@@ -133,7 +133,7 @@ def test_a_command_that_fails_ends_its_step_alone(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cpu.md", "one.json"]
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bertrt: failed: ")]
     assert lines[0] == (
-        "bertrt: failed: none: exit code 2: bertrt: error: batch must be a whole number of at least 1, got 0"
+        "bertrt: failed: none: ended with exit code 2: bertrt: error: batch must be a whole number of at least 1, got 0"
     )
     assert [line.split(": ")[2] for line in lines] == ["none", "nowhere", "nowhere-again"]
     assert (
@@ -155,7 +155,7 @@ def test_an_answer_is_kept_as_it_is(tmp_path: Path, answers: dict[str, Any]) -> 
 def test_what_is_no_record_is_not_kept(tmp_path: Path, answers: dict[str, Any], answer: bytes) -> None:
     answers["bench"] = Ended(code=0, answer=answer, errors="a warning")
     record = run(CpuOptions(out=tmp_path / "out", threads=1, only=("int8-text",)), say=quiet)
-    assert record.taken[0].reason == "its answer is no record; exit code 0: a warning"
+    assert record.taken[0].reason == "its answer is no record; ended with exit code 0: a warning"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["cpu.md"]
 
 
@@ -175,7 +175,7 @@ def test_drift_over_its_budgets_is_kept_and_fails(
     # The same exit code of a benchmark says that answers disagree, and nothing was timed.
     answers["bench"] = Ended(code=1, answer=b"", errors="check failed")
     assert command.main(["--out", str(tmp_path / "other"), "--only", "int8-text"]) == 1
-    assert "failed: int8-text: exit code 1: check failed" in capsys.readouterr().err
+    assert "failed: int8-text: ended with exit code 1: check failed" in capsys.readouterr().err
 
 
 def test_a_bar_that_was_missed_fails(
@@ -279,8 +279,8 @@ def test_a_polite_request_to_end_keeps_the_records_and_ends_every_process(tmp_pa
 def test_the_last_lines_of_a_command(tmp_path: Path) -> None:
     ended = run_bertrt(["bench", str(tmp_path / "absent")], folder=tmp_path)
     assert (ended.code, ended.answer) == (2, b"")
-    assert ended.obituary.startswith("exit code 2: bertrt: error: ")
-    assert Ended(code=-9, answer=b"", errors="").obituary == "ended by signal 9"
+    assert ended.obituary.startswith("ended with exit code 2: bertrt: error: ")
+    assert Ended(code=-9, answer=b"", errors="").obituary.startswith("was ended by SIGKILL")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -112,6 +113,23 @@ class Killed(Misbehaving):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Orphans(Misbehaving):
+    """Starts a process that outlives it, and dies."""
+
+    def misbehave(self):
+        child = subprocess.Popen(["sleep", "600"])
+        with Path(os.environ["BENCH_FAKES_LOG"]).open("a", encoding="utf-8") as file:
+            file.write(f"orphan start {child.pid} {time.monotonic_ns()}\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Late(Misbehaving):
+    """Answers the second run much later than the others."""
+
+    def misbehave(self):
+        time.sleep(3)
+
+
 class Raises(Misbehaving):
     def misbehave(self):
         raise RuntimeError("out of paper")
@@ -149,6 +167,8 @@ open_misshapen = _factory("misshapen", Misshapen)
 open_chatty = _factory("chatty", Chatty)
 open_dies = _factory("dies", Dies)
 open_killed = _factory("killed", Killed)
+open_orphans = _factory("orphans", Orphans)
+open_late = _factory("late", Late)
 open_raises = _factory("raises", Raises)
 open_garbles = _factory("garbles", Garbles)
 no_function = 3

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,9 @@ from bertrt_bench.cases import Case, SpecialIds, make_question
 from bertrt_bench.contestants import Setup
 from bertrt_bench.gpu import jobs
 from bertrt_bench.gpu.clock import Clock, Share
-from bertrt_bench.gpu.processes import Entrant, run_job
+from bertrt_bench.gpu.processes import run_job
+from bertrt_bench.process import ContestantProcess
+from bertrt_bench.protocol import LineReader
 
 CASE = Case(task="features", batch=2, sequence=6)
 
@@ -36,15 +37,15 @@ def ending() -> Share:
     return replace(clock.share(50), end=clock.spent + 0.2)
 
 
-def entrant(fakes, name: str, folder: Path, share: Share) -> Entrant:
-    return Entrant(fakes.kind(name), Setup(engine="none", threads=1), folder, share=share)
+def entrant(fakes, name: str, folder: Path, share: Share) -> ContestantProcess:
+    return ContestantProcess(fakes.kind(name), Setup(engine="none", threads=1), folder, patience=share)
 
 
 def test_a_request_ends_with_the_share(fakes, tmp_path: Path, alive: Callable[[int], bool]) -> None:
     process = entrant(fakes, "hangs", tmp_path, ending())
     process.kind = replace(process.kind, factory="bench_fakes:hangs_at_the_start")
     with pytest.raises(
-        MeasurementError, match="hangs: starting was not done when .* used up; raise --minutes"
+        MeasurementError, match="hangs: its process, starting, gave no answer within 0 s; .*; raise --minutes"
     ):
         process.__enter__()
     assert not process.usable
@@ -80,13 +81,34 @@ def test_time_that_is_measured_is_within_the_share(
 ) -> None:
     with entrant(fakes, "a", tmp_path, share) as process:
         process.prepare(0, CASE, question)
-        process.share = ending()
+        process.patience = ending()
         with pytest.raises(
-            MeasurementError, match="timing .* was not done when the time of its step was used up"
+            MeasurementError, match="timing .* gave no answer within 0 s; the time of its step is used up"
         ):
             process.time(0, CASE, warmup=0, runs=1, seconds=3.0)
         assert not process.usable
         process.abandon()
+
+
+def test_an_error_that_comes_when_the_time_is_over_is_told_as_it_is(
+    fakes, tmp_path: Path, question: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, read = [0.0], LineReader.read
+
+    def late(self: LineReader, seconds: float) -> bytes:
+        line = read(self, seconds)
+        now[0] += 60
+        return line
+
+    share = Clock(seconds=1000, now=lambda: now[0]).share(500)
+    with entrant(fakes, "raises", tmp_path, share) as process:
+        process.prepare(0, CASE, question)
+        process.answer(0, CASE, rows=10)
+        process.patience = replace(share, end=30.0)
+        monkeypatch.setattr(LineReader, "read", late)
+        with pytest.raises(MeasurementError, match="timing .* failed: out of paper"):
+            process.time(0, CASE, warmup=0, runs=1, seconds=0.0)
+        assert process.usable
 
 
 def test_a_job_answers(tmp_path: Path, share: Share) -> None:
@@ -122,13 +144,27 @@ def broken_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
 def test_a_job_that_dies(tmp_path: Path, share: Share, broken_job: Callable[[str], None]) -> None:
     broken_job("import os, sys\nprint('last words', file=sys.stderr, flush=True)\nos._exit(3)\n")
     with pytest.raises(
-        MeasurementError, match=r"probe ended with code 3 and no result \(its last line: last words\)"
+        MeasurementError,
+        match=r"probe left no result: it ended with exit code 3 \(its last line: last words\)",
     ):
         run_job("probe", {"device": "cpu"}, folder=tmp_path, threads=1, share=share)
 
 
+def test_a_job_that_dies_leaves_nothing_running(
+    tmp_path: Path, share: Share, broken_job: Callable[[str], None], gone: Callable[[int], None]
+) -> None:
+    log = tmp_path / "pid"
+    broken_job(
+        "import os, pathlib, signal, subprocess\nchild = subprocess.Popen(['sleep', '600'])\n"
+        f"pathlib.Path({str(log)!r}).write_text(str(child.pid))\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with pytest.raises(MeasurementError, match="probe left no result: it was ended by SIGKILL"):
+        run_job("probe", {"device": "cpu"}, folder=tmp_path, threads=1, share=share)
+    gone(int(log.read_text()))
+
+
 def test_a_job_that_is_late_is_ended_with_all_that_it_started(
-    tmp_path: Path, broken_job: Callable[[str], None]
+    tmp_path: Path, broken_job: Callable[[str], None], gone: Callable[[int], None]
 ) -> None:
     log = tmp_path / "pids"
     broken_job(
@@ -138,22 +174,12 @@ def test_a_job_that_is_late_is_ended_with_all_that_it_started(
     )
     clock = Clock(seconds=100)
     share = replace(clock.share(50), end=clock.spent + 3)
-    with pytest.raises(MeasurementError, match="probe was not done after 3 s, the time of its step"):
+    with pytest.raises(MeasurementError, match="probe was not done after 3 s; the time of its step"):
         run_job("probe", {"device": "cpu"}, folder=tmp_path, threads=1, share=share)
     pids = [int(line) for line in log.read_text().split()]
     assert len(pids) == 2
-    # Whoever collects orphans here may leave the child a zombie; and it takes a moment to die.
-    patience = time.monotonic() + 60
-    while any(map(lives, pids)):
-        assert time.monotonic() < patience
-        time.sleep(0.01)
-
-
-def lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    for pid in pids:
+        gone(pid)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"other": 1}'])
@@ -163,7 +189,7 @@ def test_what_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shar
     script.write_text(f"#!/bin/sh\nprintf '%s' '{text}' >\"$7\"\n", encoding="utf-8")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    with pytest.raises(MeasurementError, match="probe ended with code 0 and no result"):
+    with pytest.raises(MeasurementError, match="probe left no result: it ended with exit code 0"):
         run_job("probe", {}, folder=tmp_path, threads=1, share=share)
 
 

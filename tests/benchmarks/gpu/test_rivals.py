@@ -17,7 +17,7 @@ from bertrt_bench.cases import Case, Question, SpecialIds, make_question
 from bertrt_bench.contestants import Setup
 from bertrt_bench.gpu import budgets, engines, lineup, rivals
 from bertrt_bench.gpu.clock import Share
-from bertrt_bench.gpu.processes import Entrant
+from bertrt_bench.process import ContestantProcess
 from bertrt_export.demo import demo_folder
 
 CASES = [
@@ -99,7 +99,7 @@ def test_compiled_pytorch_answers_as_transformers_does(
 ) -> None:
     # In a process of its own, as it starts others to compile. It takes a minute on two processors.
     kind = lineup.compiled(precision, device).kind
-    with Entrant(kind, setup(device, precision), tmp_path, share=share) as process:
+    with ContestantProcess(kind, setup(device, precision), tmp_path, patience=share) as process:
         for index, (question, other) in enumerate(zip(questions[:2], expected[:2], strict=True)):
             folder = tmp_path / f"question-{index}"
             folder.mkdir()
