@@ -66,8 +66,17 @@ def check(found: Any, expected: Any) -> None:
 # What may fail while a graph is captured: then the engine does without.
 CAPTURE = {"cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"}
 NO_GRAPH = "cannot be captured as a CUDA graph, and runs without, which is slower"
-# What gives something back, whose failure is not ours to tell; and what is asked about a failure.
-QUIET = ("cudaFree", "cudaFreeHost", "cudaGetLastError", "cudaGetErrorString", "cudaMemGetInfo", "cuCtx")
+# What gives something back, whose failure is not ours to tell; what is asked about a failure;
+# and what a thread exchanges when it comes to a device and goes (`test_cuda_process.py`).
+QUIET = (
+    "cudaFree",
+    "cudaFreeHost",
+    "cudaGetLastError",
+    "cudaGetErrorString",
+    "cudaMemGetInfo",
+    "cuCtx",
+    "cuThread",
+)
 
 
 def telling(calls: list[str]) -> list[str]:
