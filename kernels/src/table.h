@@ -67,11 +67,11 @@ struct ThreadBuffers {
   float* scores;
   void* probabilities;
   void* block;          // kGroupBlocks blocks [32][32] of int32 or float32
-  float* row;           // one row in float32, padded
+  float* rows;          // two rows in float32, each padded
   float* logits;        // [kHeadRows][kLogitStride]
 };
 
-// Blocks of sums that wait in memory while the inner dimension of a long row is cut into parts.
+// Blocks of sums in a thread's scratch: half of them wait for their epilogue while the others are computed.
 inline constexpr int kGroupBlocks = 8;
 
 // Rows of the masked-LM head that are computed together.

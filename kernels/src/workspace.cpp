@@ -77,7 +77,7 @@ ThreadBuffers carve_thread(const Architecture& sizes, int64_t longest, Carver& c
   buffers.scores = static_cast<float*>(carver.take(32 * (length + 16), sizeof(float)));
   buffers.probabilities = carver.take(32 * length, sizeof(float));
   buffers.block = carver.take(kGroupBlocks, 32 * 32 * sizeof(float));
-  buffers.row = static_cast<float*>(carver.take(up(sizes.hidden, 64) + 64, sizeof(float)));
+  buffers.rows = static_cast<float*>(carver.take(2 * (up(sizes.hidden, 64) + 64), sizeof(float)));
   buffers.logits = static_cast<float*>(carver.take(kHeadRows, kLogitStride * sizeof(float)));
   return buffers;
 }

@@ -56,15 +56,15 @@ struct TilesBf16 {
 
 // What a product does besides: nothing.
 struct Nothing {
-  inline void operator()(int) const {}
+  inline void operator()() const {}
 };
 
 // Sums of 32 rows (16 if not kBoth) and 32 outputs. `init`: 32 int32 for each row to start from, or null; `resume`: start
-// from c instead. `between(step)` is called in each step, among the tile operations, so that vector work overlaps them.
+// from c instead. `between()` is called in each step, among the tile operations, so that vector work overlaps them.
 template <class Tiles, bool kBoth, class Between>
 inline __attribute__((always_inline)) void tile_product(const char* a0, const char* a1, size_t a_row, size_t a_piece,
                                                         const char* b, int steps, const int32_t* init, bool resume,
-                                                        char* c, size_t c_stride, const Between& between) {
+                                                        char* c, size_t c_stride, Between&& between) {
   // GCC 12 does not know that loads of tiles read memory: what they read is stored before here.
   __asm__ volatile("" : : : "memory");
   if (resume) {
@@ -101,7 +101,7 @@ inline __attribute__((always_inline)) void tile_product(const char* a0, const ch
     } else {
       Tiles::multiply2();
     }
-    between(step);
+    between();
     a0 += a_piece;
     b += 2048;
   }

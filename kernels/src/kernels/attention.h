@@ -88,49 +88,79 @@ inline void pack_values(const char* values, size_t stride, int length, int depth
   }
 }
 
-// Rows of scores become rows of unnormalised probabilities, tiled; totals[r] is their sum.
+// Largest of the first `length` scores of a row.
+inline float largest_score(const float* row, int length) {
+  if (length < kWidth) {
+    float most = row[0];
+    for (int i = 1; i < length; ++i) most = row[i] > most ? row[i] : most;
+    return most;
+  }
+  // The last whole vector of the row is the other chain's first.
+  F most = load(row), others = load(row + length - kWidth);
+  int i = kWidth;
+  for (; i + 2 * kWidth <= length; i += 2 * kWidth) {
+    most = max(most, load(row + i));
+    others = max(others, load(row + i + kWidth));
+  }
+  if (i + kWidth <= length) most = max(most, load(row + i));
+  return largest(max(most, others));
+}
+
+// Puts a piece of a row's probabilities down and adds them to sums[0] and sums[1], as they are after rounding: so that what
+// they weight is not scaled by the sum of their errors.
+template <class T>
+inline void put_probabilities(char* to, const F* p, F* sums) {
+  constexpr int kVectors = kPiece<T> / kWidth;
+#if BERTRT_HAS_BF16
+  if constexpr (sizeof(T) == 2) {
+    const H rounded = to_bf16(p[0], p[1]);
+    store_halves(to, rounded);
+    sums[0] = add_halves(sums[0], rounded);
+    return;
+  }
+#endif
+  
+  store_piece<T>(to, p);
+#pragma GCC unroll 16
+  for (int j = 0; j < kVectors; ++j) sums[j % 2] = add(sums[j % 2], p[j]);
+}
+
+// Rows of scores become rows of unnormalised probabilities, tiled; totals[r] is their sum. All rows pass by three times, so
+// that none waits for what is found across its vectors.
 template <class T>
 inline void soften(const float* scores, size_t stride, int rows, int length, float factor, char* probabilities,
                    int pieces, float* totals) {
   constexpr bool kExact = sizeof(T) == 4;
-  const int whole = length / kWidth * kWidth;
-  const int padded = pieces * kPiece<T>;
-  const F by = set(factor * kLog2E);
+  constexpr int kVectors = kPiece<T> / kWidth;
+  const int whole = length / kPiece<T>;
+  const float scale = factor * kLog2E;
+  const F by = set(scale);
+  alignas(64) float sums[32 * kWidth];
+  float shifts[32];
+  for (int r = 0; r < rows; ++r) shifts[r] = largest_score(scores + static_cast<size_t>(r) * stride, length) * scale;
   for (int r = 0; r < rows; ++r) {
     const float* row = scores + static_cast<size_t>(r) * stride;
-    F most = load_first(row, length);
-    if (length < kWidth) {
-      // Lanes beyond the length hold zero, which may be more than any score: let them repeat the first.
-      float lowest = row[0];
-      for (int i = 1; i < length; ++i) lowest = row[i] > lowest ? row[i] : lowest;
-      most = set(lowest);
-    } else {
-      F others = load(row + whole - kWidth);
-      int i = kWidth;
-      for (; i + 2 * kWidth <= whole; i += 2 * kWidth) {
-        most = max(most, load(row + i));
-        others = max(others, load(row + i + kWidth));
-      }
-      for (; i < whole; i += kWidth) most = max(most, load(row + i));
-      most = max(most, others);
-      if (whole < length) most = max(most, load(row + length - kWidth));
-    }
-    const F shift = mul(set(largest(most)), by);
+    const F shift = set(shifts[r]);
     char* to = probabilities + static_cast<size_t>(r / 16) * pieces * 1024 + static_cast<size_t>(r % 16) * 64;
-    F sums[2] = {zero(), zero()};
-    for (int i = 0; i < padded; i += kWidth) {
-      F p = zero();
-      if (i + kWidth <= length) {
-        p = exp2<kExact>(fms(load(row + i), by, shift));
-      } else if (i < length) {
-        p = keep_first(exp2<kExact>(fms(load_first(row + i, length - i), by, shift)), length - i);
-      }
-      sums[i / kWidth % 2] = add(sums[i / kWidth % 2], p);
-      const int piece = i / kPiece<T>, inside = i % kPiece<T>;
-      store_float(reinterpret_cast<T*>(to + static_cast<size_t>(piece) * 1024) + inside, p);
+    F total[2] = {zero(), zero()};
+    F p[kVectors];
+    for (int piece = 0; piece < whole; ++piece, row += kPiece<T>, to += 1024) {
+#pragma GCC unroll 16
+      for (int j = 0; j < kVectors; ++j) p[j] = exp2<kExact>(fms(load(row + j * kWidth), by, shift));
+      put_probabilities<T>(to, p, total);
     }
-    totals[r] = sum(add(sums[0], sums[1]));
+    if (whole < pieces) {
+      const int left = length - whole * kPiece<T>;
+#pragma GCC unroll 16
+      for (int j = 0; j < kVectors; ++j) {
+        const int count = left - j * kWidth;
+        p[j] = count > 0 ? keep_first(exp2<kExact>(fms(load_first(row + j * kWidth, count), by, shift)), count) : zero();
+      }
+      put_probabilities<T>(to, p, total);
+    }
+    store(sums + r * kWidth, add(total[0], total[1]));
   }
+  for (int r = 0; r < rows; ++r) totals[r] = sum(load(sums + r * kWidth));
 }
 
 // One head of one sequence, queries begin .. end. `qkv` is the sequence's first row of the head's queries; keys
@@ -149,7 +179,7 @@ void attend(const char* qkv, size_t stride, size_t next, int length, int begin, 
   const int length_steps = pieces_of<T>(length);
   const size_t score_stride = static_cast<size_t>(key_panels) * 32 + 16;
   const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(head_size));
-  alignas(64) float totals[32];
+  alignas(64) float totals[32] = {};
   const Rows queries = row_major(qkv, stride);
   const Rows weights = tiled(probabilities, length_steps);
   Ahead nothing{};
@@ -161,18 +191,27 @@ void attend(const char* qkv, size_t stride, size_t next, int length, int begin, 
                              score_stride * sizeof(float), nothing);
     }
     soften<T>(scratch.scores, score_stride, rows, length, factor, probabilities, length_steps, totals);
+    for (int i = 0; i < 32; i += kWidth) store(totals + i, div(set(1.0f), load(totals + i)));
+    // A block of sums for each panel: all products first, so that none is waited for.
     for (int panel = 0; panel < depth / 32; ++panel) {
       product_block<Product>(weights, 0, rows, values + static_cast<size_t>(panel) * length_steps * 2048, length_steps,
-                             nullptr, block, kBlockStride, nothing);
-      for (int r = 0; r < rows; ++r) {
-        const F by = set(1.0f / totals[r]);
-        char* row = to.at(to_row + first + r);
-        const float* c = reinterpret_cast<const float*>(block + static_cast<size_t>(r) * kBlockStride);
+                             nullptr, block + static_cast<size_t>(panel) * kBlockBytes, kBlockStride, nothing);
+    }
+    for (int panel = 0; panel < depth / 32; ++panel) {
+      const char* c = block + static_cast<size_t>(panel) * kBlockBytes;
+      const size_t piece = static_cast<size_t>(to_piece + panel * (32 / kPiece<Storage>)) * to.piece;
+      // The sequence's rows need not begin with a tile.
+      for (int r = 0; r < rows;) {
+        const int64_t row = to_row + first + r;
+        char* out = to.at(row) + piece;
+        const int in_tile = 16 - static_cast<int>(row % 16), stop = r + in_tile < rows ? r + in_tile : rows;
+        for (; r < stop; ++r, out += to.row, c += kBlockStride) {
+          F x[32 / kWidth];
 #pragma GCC unroll 8
-        for (int j = 0; j < 32 / kWidth; ++j) {
-          const int byte = panel * 32 * static_cast<int>(sizeof(Storage)) + j * kWidth * static_cast<int>(sizeof(Storage));
-          char* piece = row + static_cast<size_t>(to_piece + byte / 64) * to.piece + byte % 64;
-          store_float(reinterpret_cast<Storage*>(piece), mul(load(c + j * kWidth), by));
+          for (int j = 0; j < 32 / kWidth; ++j) {
+            x[j] = mul(load(reinterpret_cast<const float*>(c) + j * kWidth), set(totals[r]));
+          }
+          store_32<Storage>(out, to.piece, x);
         }
       }
     }

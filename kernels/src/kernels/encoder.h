@@ -66,7 +66,7 @@ class ChunkEncoder {
 
   void embed() {
     const int width = static_cast<int>(round_up(sizes_.hidden, 64));
-    float* x = scratch_.row;
+    float* x = scratch_.rows;
     for (int32_t s = 0; s < chunk_.sequence_count; ++s) {
       const Sequence& sequence = chunk_.sequences[s];
       const Range mine = rows_of_mine();
@@ -88,29 +88,31 @@ class ChunkEncoder {
           store(x + i, value);
           total = add(total, value);
         }
-        normalize(x, sum(total), model_.embedding_norm_gamma, model_.embedding_norm_beta, model_.layers[0].qkv.steps,
-                  row);
+        const float totals[1] = {sum(total)};
+        normalize<1>(totals, model_.embedding_norm_gamma, model_.embedding_norm_beta, model_.layers[0].qkv.steps, row);
       }
     }
   }
 
-  void normalize(float* x, float total, const float* gamma, const float* beta, int next_steps, int64_t row) {
-    normalize_row<Residual, Storage>(x, total, sizes_.hidden, sizes_.norm_epsilon, gamma, beta, hidden_,
-                                     kCopies ? input_ : Rows{}, quantized(next_steps), next_steps, buffers_.row_scale,
-                                     row);
+  // Of the rows in scratch_.rows.
+  template <int kRows>
+  void normalize(const float* totals, const float* gamma, const float* beta, int next_steps, int64_t row) {
+    const Norm norm{sizes_.hidden, sizes_.norm_epsilon, gamma, beta};
+    const NormOutputs outputs{hidden_, kCopies ? input_ : Rows{}, quantized(next_steps), next_steps,
+                              buffers_.row_scale};
+    normalize_rows<kRows, Residual, Storage>(scratch_.rows, totals, norm, outputs, row);
   }
 
   // Output of a product in rows `to`, with what follows it.
   template <class Out, After kAfter>
   void product(const Matrix& w, const Rows& storage_input, const void* bytes, const Steps& steps, const Rows& to) {
-    // A polynomial's error is below an int8 step, but not below a small bfloat16's last bit.
-    constexpr bool kExact = !kInt8;
+    constexpr Next kNext = kInt8 ? Next::kInt8 : sizeof(Out) == 2 ? Next::kBfloat16 : Next::kFloat32;
     if constexpr (kInt8) {
-      const StorePieces<Out, true, kAfter, kExact> out{to, {buffers_.row_scale, w.scale, w.bias}};
+      const StorePieces<Out, true, kAfter, kNext> out{to, {buffers_.row_scale, w.scale, w.bias}};
       multiply_part<Int8Product>(tiled(bytes, w.steps), chunk_.rows, w, offset_of(steps), 0, w.panel_count, size_, rank_,
                                  scratch_.block, out);
     } else {
-      const StorePieces<Out, false, kAfter, kExact> out{to, {nullptr, nullptr, w.bias}};
+      const StorePieces<Out, false, kAfter, kNext> out{to, {nullptr, nullptr, w.bias}};
       multiply_part<typename ProductOf<Storage>::type>(storage_input, chunk_.rows, w, 0, 0, w.panel_count, size_, rank_,
                                                        scratch_.block, out);
     }
@@ -118,23 +120,22 @@ class ChunkEncoder {
   }
 
   void quantize(const Rows& from, int width, void* to, int steps, const Steps& how) {
-    if constexpr (!kInt8) return;
-    const Range mine = rows_of_mine();
-    const Rows bytes = tiled(to, steps);
-    for (int64_t row = mine.begin; row < mine.end; ++row) {
-      buffers_.row_scale[row] = quantize_row<Storage>(from.at(row), from.piece, storage_pieces<Storage>(width),
-                                                      bytes.at(row), bytes.piece, steps, how);
+    if constexpr (kInt8) {
+      const Rows bytes = tiled(to, steps);
+      by_rows<8>(rows_of_mine(), [&](int64_t row, auto count) {
+        quantize_rows<count.value>(from, storage_pieces<Storage>(width), bytes, steps, how, buffers_.row_scale, row);
+      });
+      group_.barrier();
     }
-    group_.barrier();
   }
 
   // hidden = LayerNorm(hidden + result)
   void add_and_normalize(const float* gamma, const float* beta, int next_steps) {
-    const Range mine = rows_of_mine();
-    for (int64_t row = mine.begin; row < mine.end; ++row) {
-      const float total = add_rows<Residual, Residual>(hidden_, result_, row, sizes_.hidden, scratch_.row);
-      normalize(scratch_.row, total, gamma, beta, next_steps, row);
-    }
+    by_rows<2>(rows_of_mine(), [&](int64_t row, auto count) {
+      float totals[count.value];
+      add_rows<count.value, Residual, Residual>(hidden_, result_, row, sizes_.hidden, scratch_.rows, totals);
+      normalize<count.value>(totals, gamma, beta, next_steps, row);
+    });
     group_.barrier();
   }
 

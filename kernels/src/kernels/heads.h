@@ -108,20 +108,21 @@ class MlmHead {
     const int pieces = storage_pieces<Storage>(sizes_.hidden);
     const Matrix& dense = model_.mlm_dense;
     const Rows result = tiled(buffers_.transformed, storage_pieces<float>(sizes_.hidden));
-    const StorePieces<float, false, kAfter, true> out{result, {nullptr, nullptr, dense.bias}};
+    const StorePieces<float, false, kAfter, Next::kFloat32> out{result, {nullptr, nullptr, dense.bias}};
     multiply_part<typename ProductOf<Storage>::type>(tiled(block_.rows, pieces), block_.count, dense, 0, 0,
                                                      dense.panel_count, size_, rank_, scratch_.block, out);
     group_.barrier();
     const Range rows = share(block_.count, size_, rank_);
     const int steps = model_.mlm_decoder.steps;
     const bool int8 = model_.mlm_decoder.dtype == Dtype::kInt8;
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      const float total = add_rows<float, float>(result, Rows{}, row, sizes_.hidden, scratch_.row);
-      normalize_row<Storage, Storage>(scratch_.row, total, sizes_.hidden, sizes_.norm_epsilon, model_.mlm_norm_gamma,
-                                      model_.mlm_norm_beta, tiled(buffers_.chunk.hidden, pieces), Rows{},
-                                      int8 ? tiled(buffers_.chunk.quantized, steps) : Rows{}, steps,
-                                      buffers_.chunk.row_scale, row);
-    }
+    const Norm norm{sizes_.hidden, sizes_.norm_epsilon, model_.mlm_norm_gamma, model_.mlm_norm_beta};
+    const NormOutputs outputs{tiled(buffers_.chunk.hidden, pieces), Rows{},
+                              int8 ? tiled(buffers_.chunk.quantized, steps) : Rows{}, steps, buffers_.chunk.row_scale};
+    by_rows<2>(rows, [&](int64_t row, auto count) {
+      float totals[count.value];
+      add_rows<count.value, float, float>(result, Rows{}, row, sizes_.hidden, scratch_.rows, totals);
+      normalize_rows<count.value, Storage, Storage>(scratch_.rows, totals, norm, outputs, row);
+    });
     group_.barrier();
   }
 
@@ -132,12 +133,13 @@ class MlmHead {
     const int first_panel = first / 32, panels = (columns + 31) / 32;
     const Rows logits = row_major(scratch_.logits, kLogitStride * sizeof(float));
     if (w.dtype == Dtype::kInt8) {
-      const StorePieces<float, true, After::kNothing, true> out{
+      const StorePieces<float, true, After::kNothing, Next::kFloat32> out{
           logits, {buffers_.chunk.row_scale, w.scale, w.bias}, first_panel};
       multiply_part<Int8Product>(tiled(buffers_.chunk.quantized, w.steps), block_.count, w, offset_of(kSymmetric),
                                  first_panel, panels, 1, 0, scratch_.block, out);
     } else {
-      const StorePieces<float, false, After::kNothing, true> out{logits, {nullptr, nullptr, w.bias}, first_panel};
+      const StorePieces<float, false, After::kNothing, Next::kFloat32> out{
+          logits, {nullptr, nullptr, w.bias}, first_panel};
       multiply_part<typename ProductOf<Storage>::type>(
           tiled(buffers_.chunk.hidden, storage_pieces<Storage>(sizes_.hidden)), block_.count, w, 0, first_panel, panels,
           1, 0, scratch_.block, out);

@@ -1,7 +1,7 @@
 // Exponential, hyperbolic tangent and the activations, on vectors.
 //
-// Exact<true> is for float32 models and for what is given out (errors near 2e-7); Exact<false> is for values that
-// are rounded to bfloat16 or int8 next (errors as stated).
+// With errors near 2e-7 for float32 models and for what is given out, and with the errors stated for what is rounded
+// next. NaN comes out as NaN: of two operands `min` and `max` give the second when one is NaN.
 #pragma once
 
 #include "../model.h"
@@ -13,8 +13,9 @@ namespace {
 // 2^x = 2^n 2^f with whole n and |f| <= 1/2; 2^f by a polynomial. Zero below -127.
 template <bool kExact>
 inline F exp2(F x) {
-  const F n = round_to_whole(max(x, set(-150.0f)));
-  const F f = sub(max(x, set(-150.0f)), n);
+  const F bounded = max(set(-150.0f), x);
+  const F n = round_to_whole(bounded);
+  const F f = sub(bounded, n);
   F p;
   if constexpr (kExact) {  // Taylor's, degree 6: the first term left out is below 1.3e-7
     p = fma(set(1.5403530e-4f), f, set(1.3333558e-3f));
@@ -33,11 +34,11 @@ inline F exp2(F x) {
 
 inline constexpr float kLog2E = 1.44269504f;
 
-inline F exp(F x) { return exp2<true>(mul(min(x, set(88.0f)), set(kLog2E))); }
+inline F exp(F x) { return exp2<true>(mul(min(set(88.0f), x), set(kLog2E))); }
 
 // 1 - 2 / (e^2x + 1)
 inline F tanh(F x) {
-  const F e = exp(mul(min(max(x, set(-15.0f)), set(15.0f)), set(2.0f)));
+  const F e = exp(mul(min(set(15.0f), max(set(-15.0f), x)), set(2.0f)));
   return sub(set(1.0f), div(set(2.0f), add(e, set(1.0f))));
 }
 
@@ -59,8 +60,8 @@ template <Activation kActivation>
 inline F gelu_polynomial(F x) {
   constexpr bool kNew = kActivation == Activation::kGeluNew;
   constexpr float kLimit = kNew ? 3.8f : 3.9f;
-  const F bounded = max(x, set(-kLimit));
-  const F c = min(bounded, set(kLimit));
+  const F bounded = max(set(-kLimit), x);
+  const F c = min(set(kLimit), bounded);
   const F t = mul(c, c);
   F p = fma(set(kNew ? 3.2462367e-08f : 2.62713549e-08f), t, set(kNew ? -2.07349556e-06f : -1.77048987e-06f));
   p = fma(p, t, set(kNew ? 5.70171302e-05f : 5.12371967e-05f));
@@ -71,12 +72,38 @@ inline F gelu_polynomial(F x) {
   return mul(bounded, fma(p, c, set(0.5f)));
 }
 
-template <Activation kActivation, bool kExact>
+// x P(X <= x) = max(x, 0) - |x| P(X <= -|x|) for a standard normal X, and P(X <= -b) = 2^q(b) with a polynomial q of least
+// maximal error up to b = 5.5. Without a division; largest error 9.1e-7, and of the result's last bit of bfloat16 in
+// 0.02 % of normal x.
+inline F gelu_by_power(F x) {
+  const F b = min(set(5.5f), abs(x));
+  F q = fma(set(-1.79344443e-06f), b, set(6.09039487e-05f));
+  q = fma(q, b, set(-0.000926027171f));
+  q = fma(q, b, set(0.00849374959f));
+  q = fma(q, b, set(-0.053937829f));
+  q = fma(q, b, set(-0.458480527f));
+  q = fma(q, b, set(-1.15124683f));
+  q = fma(q, b, set(-0.999995466f));
+  const F n = round_to_whole(q);
+  const F f = sub(q, n);
+  F p = fma(set(0.00957010574f), f, set(0.0559178717f));  // 2^f, degree 4: 2.6e-6
+  p = fma(p, f, set(0.240247448f));
+  p = fma(p, f, set(0.693121813f));
+  p = fma(p, f, set(0.999999261f));
+  return sub(max(zero(), x), mul(b, scale_by_power(p, n)));
+}
+
+// What a value is rounded to next.
+enum class Next { kFloat32, kBfloat16, kInt8 };
+
+template <Activation kActivation, Next kNext>
 inline F activate(F x) {
   if constexpr (kActivation == Activation::kRelu) {
-    return max(x, zero());
-  } else if constexpr (!kExact) {
+    return max(zero(), x);
+  } else if constexpr (kNext == Next::kInt8) {
     return gelu_polynomial<kActivation>(x);
+  } else if constexpr (kNext == Next::kBfloat16 && kActivation == Activation::kGelu) {
+    return gelu_by_power(x);
   } else if constexpr (kActivation == Activation::kGelu) {
     return mul(mul(x, set(0.5f)), add(set(1.0f), erf(mul(x, set(0.70710678f)))));
   } else {

@@ -3,6 +3,9 @@
 // LayerNorm (Ba et al. 2016, https://arxiv.org/abs/1607.06450): y = (x - mean) / sqrt(variance + epsilon) * gamma + beta,
 // in float32. Rows are padded with zeros to whole pieces; the padding takes no part in the mean and the variance, and
 // stays zero because gamma and beta are zero there.
+//
+// Several rows are computed together, so that one need not wait for another's sums and divisions; what comes of a row
+// does not depend on its company. A scale is NaN or infinite if a value of its row is, and so is then what is computed with it.
 #pragma once
 
 #include "../table.h"
@@ -30,38 +33,185 @@ inline Steps steps_after(Activation activation) {
 // What has to be added to the stored bytes to get x / scale.
 inline int32_t offset_of(const Steps& steps) { return (kFlip == 0 ? 0 : -128) + steps.zero; }
 
-// Quantises a row given in pieces of T, `count` elements (a multiple of 16); returns the scale.
-template <class T>
-inline float quantize_row(const char* from, size_t from_piece, int pieces, char* to, size_t to_piece, int to_pieces,
-                          const Steps& steps) {
-  F most[2] = {zero(), zero()};
-  const bool symmetric = steps.zero == 0;
-  for (int p = 0; p < pieces; ++p) {
-    const T* x = reinterpret_cast<const T*>(from + static_cast<size_t>(p) * from_piece);
-#pragma GCC unroll 8
-    for (int j = 0; j < kPiece<T> / kWidth; ++j) {
-      const F value = load_as_float(x + j * kWidth);
-      most[j % 2] = max(most[j % 2], symmetric ? abs(value) : value);
+// For rows whose largest magnitude is `most`: negative values of a GELU are too small to count, see `least`.
+inline float scale_of(float most, const Steps& steps) {
+  const float scale = most / steps.most;
+  return scale < steps.least ? steps.least : scale;
+}
+
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
+// Calls work(row, Count<n>) for all rows of a range, n = kMost or 1 of one tile at a time.
+template <int kMost, class Work>
+inline void by_rows(const Range& range, const Work& work) {
+  for (int64_t row = range.begin; row < range.end;) {
+    if (range.end - row >= kMost && row % 16 <= 16 - kMost) {
+      work(row, Count<kMost>{});
+      row += kMost;
+    } else {
+      work(row, Count<1>{});
+      ++row;
     }
   }
-  float scale = largest(max(most[0], most[1])) / steps.most;
-  if (!(scale > steps.least)) scale = steps.least;
-  const F inverse = set(1.0f / scale), shift = set(static_cast<float>(-steps.zero));
-  constexpr int kRatio = 64 / kPiece<T>;  // pieces of T in a piece of bytes
-  for (int q = 0; q < to_pieces; ++q) {
-    int8_t* bytes = reinterpret_cast<int8_t*>(to + static_cast<size_t>(q) * to_piece);
-#pragma GCC unroll 4
-    for (int i = 0; i < kRatio; ++i) {
-      const int p = q * kRatio + i;
-      const T* x = reinterpret_cast<const T*>(from + static_cast<size_t>(p) * from_piece);
+}
+
+// Quantises kRows rows of one tile, given in pieces of bfloat16.
+template <int kRows>
+inline void quantize_rows(const Rows& from, int pieces, const Rows& to, int to_pieces, const Steps& steps,
+                          float* row_scale, int64_t row) {
+  H most[kRows];
 #pragma GCC unroll 8
-      for (int j = 0; j < kPiece<T> / kWidth; ++j) {
-        const F value = p < pieces ? load_as_float(x + j * kWidth) : zero();
-        store_int8(bytes + i * kPiece<T> + j * kWidth, fma(value, inverse, shift), kFlip);
+  for (int r = 0; r < kRows; ++r) most[r] = no_magnitude();
+  const char* x = from.at(row);
+  for (int p = 0; p < pieces; ++p, x += from.piece) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 32; j += kHalves) {
+        most[r] = max_magnitude(most[r], reinterpret_cast<const uint16_t*>(x + r * from.row) + j);
       }
     }
   }
-  return scale;
+  float inverse[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const uint32_t bits = static_cast<uint32_t>(largest_magnitude(most[r])) << 16;
+    float largest_value;
+    __builtin_memcpy(&largest_value, &bits, sizeof bits);
+    const float scale = scale_of(largest_value, steps);
+    row_scale[row + r] = scale;
+    inverse[r] = 1.0f / scale;
+  }
+  alignas(64) static const uint16_t kZeros[32] = {};
+  const F shift = set(static_cast<float>(-steps.zero));
+  x = from.at(row);
+  char* bytes = to.at(row);
+  for (int q = 0; q < to_pieces; ++q, x += 2 * from.piece, bytes += to.piece) {
+    for (int r = 0; r < kRows; ++r) {
+      const auto* a = reinterpret_cast<const uint16_t*>(x + r * from.row);
+      const auto* b = reinterpret_cast<const uint16_t*>(x + r * from.row + from.piece);
+      quantize_pieces(2 * q < pieces ? a : kZeros, 2 * q + 1 < pieces ? b : kZeros, set(inverse[r]), shift, kFlip,
+                      reinterpret_cast<int8_t*>(bytes + r * to.row));
+    }
+  }
+}
+
+// What a LayerNorm has besides its rows.
+struct Norm {
+  int width;
+  float epsilon;
+  const float* gamma;
+  const float* beta;
+};
+
+// Where a LayerNorm's rows go: as Out; as Copy where that has data; as int8 where that has.
+struct NormOutputs {
+  Rows to;
+  Rows copy;
+  Rows quantized;
+  int quantized_pieces;
+  float* row_scale;
+};
+
+// From one to the next of the rows in float32 that are computed together: not a multiple of a page.
+inline int64_t float_stride(int width) { return round_up(width, 64) + 64; }
+
+// The second half of LayerNorm: kRows rows of x in float32, of which `width` numbers count, padded to a multiple of 32; the
+// sum of each.
+template <int kRows, class Out, class Copy>
+inline void normalize_rows(float* x, const float* totals, const Norm& norm, const NormOutputs& outputs, int64_t row) {
+  const int width = norm.width;
+  const int64_t stride = float_stride(width);
+  // As far as the products write and add_rows reads.
+  const int padded = static_cast<int>(round_up(width, 32));
+  const int whole = width / kWidth * kWidth;
+  F factor[kRows], offset[kRows], sums[kRows][2];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    offset[r] = set(totals[r] / static_cast<float>(width));
+    sums[r][0] = sums[r][1] = zero();
+  }
+  int i = 0;
+  for (; i + 2 * kWidth <= whole; i += 2 * kWidth) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const F a = sub(load(x + r * stride + i), offset[r]), b = sub(load(x + r * stride + i + kWidth), offset[r]);
+      sums[r][0] = fma(a, a, sums[r][0]);
+      sums[r][1] = fma(b, b, sums[r][1]);
+    }
+  }
+  for (; i < width; i += kWidth) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const F a = keep_first(sub(load(x + r * stride + i), offset[r]), width - i);
+      sums[r][0] = fma(a, a, sums[r][0]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    const float variance = sum(add(sums[r][0], sums[r][1])) / static_cast<float>(width);
+    factor[r] = set(1.0f / __builtin_sqrtf(variance + norm.epsilon));
+    offset[r] = mul(offset[r], factor[r]);
+    sums[r][0] = sums[r][1] = zero();
+  }
+  const bool quantized = outputs.quantized.data != nullptr;
+  char* out = outputs.to.at(row);
+  char* copy = outputs.copy.data == nullptr ? nullptr : outputs.copy.at(row);
+  for (int block = 0; block < padded / 32; ++block) {
+    const float* gamma = norm.gamma + block * 32;
+    const float* beta = norm.beta + block * 32;
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      float* from = x + r * stride + block * 32;
+      F y[32 / kWidth];
+#pragma GCC unroll 8
+      for (int j = 0; j < 32 / kWidth; ++j) {
+        y[j] = fma(fms(load(from + j * kWidth), factor[r], offset[r]), load(gamma + j * kWidth), load(beta + j * kWidth));
+      }
+      store_32<Out>(out + static_cast<size_t>(block * (32 / kPiece<Out>)) * outputs.to.piece + r * outputs.to.row,
+                    outputs.to.piece, y);
+      if (copy != nullptr) {
+        store_32<Copy>(copy + static_cast<size_t>(block * (32 / kPiece<Copy>)) * outputs.copy.piece +
+                           r * outputs.copy.row,
+                       outputs.copy.piece, y);
+      }
+      if (quantized) {
+#pragma GCC unroll 8
+        for (int j = 0; j < 32 / kWidth; ++j) {
+          store(from + j * kWidth, y[j]);
+          sums[r][j % 2] = max(sums[r][j % 2], abs(y[j]));
+        }
+      }
+    }
+  }
+  if (!quantized) return;
+  F inverse[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    // One number that is not finite makes the mean so, hence all of them: none is lost in the maximum.
+    const float scale = scale_of(largest(max(sums[r][0], sums[r][1])), kSymmetric);
+    outputs.row_scale[row + r] = scale;
+    inverse[r] = set(1.0f / scale);
+    // Pieces of bytes may reach beyond the padding.
+    for (int j = padded; j < outputs.quantized_pieces * 64; j += kWidth) store(x + r * stride + j, zero());
+  }
+  char* bytes = outputs.quantized.at(row);
+  for (int q = 0; q < outputs.quantized_pieces; ++q, bytes += outputs.quantized.piece) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const float* from = x + r * stride + q * 64;
+#pragma GCC unroll 4
+      for (int j = 0; j < 64; j += 4 * kWidth) {
+        store_int8_four(reinterpret_cast<int8_t*>(bytes + r * outputs.quantized.row) + j,
+                        mul(load(from + j), inverse[r]), mul(load(from + j + kWidth), inverse[r]),
+                        mul(load(from + j + 2 * kWidth), inverse[r]), mul(load(from + j + 3 * kWidth), inverse[r]),
+                        kFlip);
+      }
+    }
+  }
 }
 
 // Where element 32 * block + inside of a row lies; `inside` is below 32.
@@ -71,78 +221,30 @@ inline T* element(char* row, size_t piece, int block, int inside) {
          inside % kPiece<T>;
 }
 
-// The second half of LayerNorm: `x` holds floats of which `width` count, padded to a multiple of 32, `total` their sum.
-// Writes the normalised row to `to`, to `copy` as Copy where that has data, and quantised to `quantized` where that has.
-template <class Out, class Copy>
-inline void normalize_row(float* x, float total, int width, float epsilon, const float* gamma, const float* beta,
-                          const Rows& to, const Rows& copy, const Rows& quantized, int quantized_pieces,
-                          float* row_scale, int64_t row) {
-  // As far as the products write and add_rows reads.
-  const int padded = static_cast<int>(round_up(width, 32));
-  const int whole = width / kWidth * kWidth;
-  const F mean = set(total / static_cast<float>(width));
-  F squares[2] = {zero(), zero()};
-  int i = 0;
-  for (; i + 2 * kWidth <= whole; i += 2 * kWidth) {
-    const F a = sub(load(x + i), mean), b = sub(load(x + i + kWidth), mean);
-    squares[0] = fma(a, a, squares[0]);
-    squares[1] = fma(b, b, squares[1]);
-  }
-  for (; i < width; i += kWidth) {
-    const F a = keep_first(sub(load(x + i), mean), width - i);
-    squares[0] = fma(a, a, squares[0]);
-  }
-  const float variance = sum(add(squares[0], squares[1])) / static_cast<float>(width);
-  const F factor = set(1.0f / __builtin_sqrtf(variance + epsilon));
-  const F offset = mul(mean, factor);
-  F most[2] = {zero(), zero()};
-  char* out = to.at(row);
-  char* second = copy.data == nullptr ? nullptr : copy.at(row);
-  for (int block = 0; block < padded / 32; ++block) {
-#pragma GCC unroll 8
-    for (int j = 0; j < 32; j += kWidth) {
-      const int at = block * 32 + j;
-      const F y = fma(fms(load(x + at), factor, offset), load(gamma + at), load(beta + at));
-      store(x + at, y);
-      store_float(element<Out>(out, to.piece, block, j), y);
-      if (second != nullptr) store_float(element<Copy>(second, copy.piece, block, j), y);
-      most[j / kWidth % 2] = max(most[j / kWidth % 2], abs(y));
-    }
-  }
-  if (quantized.data == nullptr) return;
-  float scale = largest(max(most[0], most[1])) / kSymmetric.most;
-  if (!(scale > kSymmetric.least)) scale = kSymmetric.least;
-  row_scale[row] = scale;
-  const F inverse = set(1.0f / scale);
-  char* bytes = quantized.at(row);
-  for (int q = 0; q < quantized_pieces; ++q) {
-    int8_t* piece = reinterpret_cast<int8_t*>(bytes + static_cast<size_t>(q) * quantized.piece);
-#pragma GCC unroll 16
-    for (int j = 0; j < 64 / kWidth; ++j) {
-      const int at = q * 64 + j * kWidth;
-      store_int8(piece + j * kWidth, at < padded ? mul(load(x + at), inverse) : zero(), kFlip);
-    }
-  }
-}
-
-// x = a + b of a row of `width` elements, or a alone where b has no data, padded to a multiple of 32; returns the sum.
-template <class A, class B>
-inline float add_rows(const Rows& a, const Rows& b, int64_t row, int width, float* x) {
+// x = a + b for kRows rows of `width` elements, or a alone where b has no data, padded to a multiple of 32; and their sums.
+template <int kRows, class A, class B>
+inline void add_rows(const Rows& a, const Rows& b, int64_t row, int width, float* x, float* totals) {
   char* from_a = a.at(row);
   char* from_b = b.data == nullptr ? nullptr : b.at(row);
-  F totals[2] = {zero(), zero()};
+  const int64_t stride = float_stride(width);
+  F sums[kRows][2];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = zero();
   for (int block = 0; block * 32 < width; ++block) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int j = 0; j < 32; j += kWidth) {
-      F value = load_as_float(element<A>(from_a, a.piece, block, j));
-      if (from_b != nullptr) value = add(value, load_as_float(element<B>(from_b, b.piece, block, j)));
-      store(x + block * 32 + j, value);
-      totals[j / kWidth % 2] = add(totals[j / kWidth % 2], value);
+      for (int j = 0; j < 32; j += kWidth) {
+        F value = load_as_float(element<A>(from_a + r * a.row, a.piece, block, j));
+        if (from_b != nullptr) value = add(value, load_as_float(element<B>(from_b + r * b.row, b.piece, block, j)));
+        store(x + r * stride + block * 32 + j, value);
+        sums[r][j / kWidth % 2] = add(sums[r][j / kWidth % 2], value);
+      }
     }
   }
-  return sum(add(totals[0], totals[1]));
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) totals[r] = sum(add(sums[r][0], sums[r][1]));
 }
-
 // The row of a word in float32, from the panels in which the decoder has it: word n is output n.
 inline void word_row(const Matrix& words, int32_t id, float* x) {
   const char* column = static_cast<const char*>(words.panels) +

@@ -33,6 +33,29 @@ inline F load_as_float(const Bf16* from) { return load_bf16(&from->bits); }
 inline void store_float(float* to, F x) { store(to, x); }
 inline void store_float(Bf16* to, F x) { store_bf16(&to->bits, x); }
 
+// kPiece<T> numbers as one piece.
+template <class T>
+inline void store_piece(char* to, const F* x) {
+  if constexpr (sizeof(T) == 2) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kPiece<T> / kWidth; j += 2) {
+      store_bf16_pair(reinterpret_cast<uint16_t*>(to) + j * kWidth, x[j], x[j + 1]);
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int j = 0; j < kPiece<T> / kWidth; ++j) store(reinterpret_cast<float*>(to) + j * kWidth, x[j]);
+  }
+}
+
+// 32 numbers, as one piece or two that lie `piece` bytes apart.
+template <class T>
+inline void store_32(char* to, size_t piece, const F* x) {
+#pragma GCC unroll 2
+  for (int p = 0; p < 32 / kPiece<T>; ++p) {
+    store_piece<T>(to + static_cast<size_t>(p) * piece, x + p * (kPiece<T> / kWidth));
+  }
+}
+
 inline constexpr int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
 }  // namespace

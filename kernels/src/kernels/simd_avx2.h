@@ -72,6 +72,10 @@ inline void store_bf16(uint16_t* to, F x) {
   const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
 }
+inline void store_bf16_pair(uint16_t* to, F a, F b) {
+  store_bf16(to, a);
+  store_bf16(to + kWidth, b);
+}
 inline F load_int8(const int8_t* from) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
@@ -80,6 +84,37 @@ inline void store_int8(int8_t* to, F x, int8_t flip) {
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
   const __m128i bytes = _mm_xor_si128(_mm_packs_epi16(words, words), _mm_set1_epi8(flip));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), bytes);
+}
+inline void store_int8_four(int8_t* to, F a, F b, F c, F d, int8_t flip) {
+  const __m256i low = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
+  const __m256i high = _mm256_packs_epi32(_mm256_cvtps_epi32(c), _mm256_cvtps_epi32(d));
+  // Packing goes by lanes of 128 bits: words of four bytes a0 b0 c0 d0 a1 b1 c1 d1.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_xor_si256(bytes, _mm256_set1_epi8(flip)));
+}
+
+using H = __m256i;
+inline constexpr int kHalves = 16;
+inline H no_magnitude() { return _mm256_setzero_si256(); }
+inline H max_magnitude(H most, const uint16_t* from) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm256_max_epu16(most, _mm256_and_si256(x, _mm256_set1_epi16(0x7fff)));
+}
+inline uint16_t largest_magnitude(H x) {
+  const __m128i half = _mm_max_epu16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  const __m128i least = _mm_minpos_epu16(_mm_xor_si128(half, _mm_set1_epi16(-1)));
+  return static_cast<uint16_t>(~_mm_cvtsi128_si32(least));
+}
+inline void quantize_pieces(const uint16_t* a, const uint16_t* b, F by, F shift, int8_t flip, int8_t* to) {
+  const uint16_t* from[2] = {a, b};
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    F x[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) x[j] = fma(load_bf16(from[i] + j * kWidth), by, shift);
+    store_int8_four(to + i * 32, x[0], x[1], x[2], x[3], flip);
+  }
 }
 
 // Transposes 8 x 8 words of 32 bits; strides in bytes.

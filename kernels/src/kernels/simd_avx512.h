@@ -71,6 +71,15 @@ inline void store_bf16(uint16_t* to, F x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 #endif
 }
+// a and b, one after the other.
+inline void store_bf16_pair(uint16_t* to, F a, F b) {
+#if BERTRT_HAS_BF16
+  _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
+#else
+  store_bf16(to, a);
+  store_bf16(to + kWidth, b);
+#endif
+}
 inline F load_int8(const int8_t* from) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
@@ -78,6 +87,56 @@ inline F load_int8(const int8_t* from) {
 inline void store_int8(int8_t* to, F x, int8_t flip) {
   const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_xor_si128(bytes, _mm_set1_epi8(flip)));
+}
+// Four vectors, one after the other.
+inline void store_int8_four(int8_t* to, F a, F b, F c, F d, int8_t flip) {
+  const __m512i low = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
+  const __m512i high = _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
+  // Packing goes by lanes of 128 bits: words of four bytes a0 b0 c0 d0 a1 b1 ...
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
+  _mm512_storeu_si512(to, _mm512_xor_si512(bytes, _mm512_set1_epi8(flip)));
+}
+
+// Bits of bfloat16, whose magnitudes order as whole numbers do, with NaN above all others.
+using H = __m512i;
+inline constexpr int kHalves = 32;
+inline H no_magnitude() { return _mm512_setzero_si512(); }
+inline H max_magnitude(H most, const uint16_t* from) {
+  return _mm512_max_epu16(most, _mm512_and_si512(_mm512_loadu_si512(from), _mm512_set1_epi16(0x7fff)));
+}
+inline uint16_t largest_magnitude(H x) {
+  const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+  const __m128i quarter = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  // There is an instruction for the least of eight, none for the largest.
+  const __m128i least = _mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(-1)));
+  return static_cast<uint16_t>(~_mm_cvtsi128_si32(least));
+}
+#if BERTRT_HAS_BF16
+inline H to_bf16(F a, F b) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)); }
+inline void store_halves(void* to, H x) { _mm512_storeu_si512(to, x); }
+// total + the bfloat16 numbers of x, two of them in each place.
+inline F add_halves(F total, H x) {
+  const __m512i ones = _mm512_set1_epi16(0x3f80);
+  return _mm512_dpbf16_ps(total, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(ones));
+}
+#endif
+// Two pieces of bfloat16 to one of bytes: round(x * by + shift), for products within 16 bits.
+inline void quantize_pieces(const uint16_t* a, const uint16_t* b, F by, F shift, int8_t flip, int8_t* to) {
+  const uint16_t* from[2] = {a, b};
+  __m512i words[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    // Even elements are the lower halves of 32 bits, odd ones the upper.
+    const __m512i x = _mm512_loadu_si512(from[i]);
+    const F even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    const F odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+    words[i] = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_cvtps_epi32(fma(even, by, shift)),
+                                       _mm512_slli_epi32(_mm512_cvtps_epi32(fma(odd, by, shift)), 16));
+  }
+  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  const __m512i bytes = _mm512_permutexvar_epi64(order, _mm512_packs_epi16(words[0], words[1]));
+  _mm512_storeu_si512(to, _mm512_xor_si512(bytes, _mm512_set1_epi8(flip)));
 }
 
 // Transposes 16 x 16 words of 32 bits: to[j][i] = from[i][j]; rows of `from` are `stride` bytes apart, those of `to` 64.

@@ -81,6 +81,10 @@ inline void store_bf16(uint16_t* to, F x) {
   const U rounded = (bits + (((bits >> 16) & 1u) + 0x7fffu)) >> 16;
   for (int i = 0; i < 4; ++i) to[i] = static_cast<uint16_t>(rounded[i]);
 }
+inline void store_bf16_pair(uint16_t* to, F a, F b) {
+  store_bf16(to, a);
+  store_bf16(to + kWidth, b);
+}
 inline F load_int8(const int8_t* from) {
   const I wide{from[0], from[1], from[2], from[3]};
   return to_float(wide);
@@ -88,6 +92,34 @@ inline F load_int8(const int8_t* from) {
 inline void store_int8(int8_t* to, F x, int8_t flip) {
   const I whole = to_whole(min(max(x, set(-128.0f)), set(127.0f)));
   for (int i = 0; i < 4; ++i) to[i] = static_cast<int8_t>(whole[i] ^ flip);
+}
+inline void store_int8_four(int8_t* to, F a, F b, F c, F d, int8_t flip) {
+  store_int8(to, a, flip);
+  store_int8(to + kWidth, b, flip);
+  store_int8(to + 2 * kWidth, c, flip);
+  store_int8(to + 3 * kWidth, d, flip);
+}
+
+typedef int16_t H __attribute__((vector_size(16)));
+inline constexpr int kHalves = 8;
+inline H no_magnitude() { return H{}; }
+inline H max_magnitude(H most, const uint16_t* from) {
+  H x;
+  memcpy(&x, from, sizeof x);
+  x &= 0x7fff;
+  const H greater = x > most;
+  return (x & greater) | (most & ~greater);
+}
+inline uint16_t largest_magnitude(H x) {
+  int16_t most = x[0];
+  for (int i = 1; i < kHalves; ++i) most = x[i] > most ? x[i] : most;
+  return static_cast<uint16_t>(most);
+}
+inline void quantize_pieces(const uint16_t* a, const uint16_t* b, F by, F shift, int8_t flip, int8_t* to) {
+  for (int i = 0; i < 32; i += kWidth) {
+    store_int8(to + i, fma(load_bf16(a + i), by, shift), flip);
+    store_int8(to + 32 + i, fma(load_bf16(b + i), by, shift), flip);
+  }
 }
 
 inline void transpose_words(const char* from, size_t stride, char* to) {
