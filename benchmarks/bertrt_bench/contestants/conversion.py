@@ -15,6 +15,7 @@ from typing import Any, Final
 from bertrt.errors import MeasurementError
 from bertrt.manifest import Dialect
 from bertrt_bench.cases import Task
+from bertrt_bench.child import interpreter, last_words, obituary
 
 # The output of the standard graph that answers each task; the others are cut away. The masked-LM head runs at
 # every position, because that is the model that users of transformers export.
@@ -32,16 +33,23 @@ def convert(function: str, arguments: Mapping[str, Any]) -> None:
     """Call ``module:function`` with keywords that JSON can say, and wait for it.
 
     Raises:
-        MeasurementError: it failed; what it printed is on standard error.
+        MeasurementError: it failed; what it printed is on standard error, and its last line in the message.
     """
+    # In the worker's session, not in one of its own: it ends with the worker.
     done = subprocess.run(  # noqa: S603 - this interpreter, and functions of ours
-        [sys.executable, "-P", "-X", "utf8", "-m", __name__, function, json.dumps(arguments)],
+        [*interpreter(__name__), function, json.dumps(arguments)],
         stdin=subprocess.DEVNULL,
-        stdout=sys.stderr.fileno(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         check=False,
     )
+    printed = done.stdout.decode("utf-8", "backslashreplace")
+    sys.stderr.write(printed)
+    sys.stderr.flush()
     if done.returncode != 0:
-        raise MeasurementError(f"cannot convert the reference checkpoint: {function} failed")
+        raise MeasurementError(
+            f"cannot convert the reference checkpoint: {function} {obituary(done.returncode)}{last_words(printed)}"
+        )
 
 
 def write_float32(reference: str, folder: Path, output: str, dialect: Dialect) -> Path:

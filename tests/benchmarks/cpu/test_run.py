@@ -137,10 +137,11 @@ def test_a_command_that_fails_ends_its_step_alone(
     )
     assert [line.split(": ")[2] for line in lines] == ["none", "nowhere", "nowhere-again"]
     assert (
-        "abacus-int8 cannot be exported: exit code 2: bertrt: error: there are no random weights" in lines[1]
+        "abacus-int8 cannot be exported: ended with exit code 2: bertrt: error: there are no random weights"
+        in lines[1]
     )
     text = (tmp_path / "out" / "cpu.md").read_text(encoding="utf-8")
-    assert text.index("**Failed:**") < text.index("- none: exit code 2") < text.index("## Speed")
+    assert text.index("**Failed:**") < text.index("- none: ended with exit code 2") < text.index("## Speed")
 
 
 def test_an_answer_is_kept_as_it_is(tmp_path: Path, answers: dict[str, Any]) -> None:
