@@ -156,14 +156,16 @@ def make_question(
     """Draw the token ids of a case; for ``fill-mask-text`` see `bertrt_bench.texts`.
 
     Ids are uniform over the vocabulary without the special tokens; ``[CLS]`` and ``[SEP]`` are in their
-    places. ``next-sentence`` is a pair of about equal halves. The masked-LM tasks have one mask in each
-    sequence, and the same ids at the same shape and seed, so that their times can be compared.
+    places. Each sequence has two segments, parted anywhere, so that an answer that leaves the segments out, or is
+    to another question, is told from the right one; in ``next-sentence`` there is a ``[SEP]`` between them. The
+    masked-LM tasks have one mask in each sequence, and the same ids at the same shape and seed, so that their times
+    can be compared.
 
     Args:
         case: the task and the shape.
         special: ids that are not drawn.
         vocab_size: the size of the vocabulary.
-        type_vocab_size: the second half of a pair has segment 1 only if the model knows more than one.
+        type_vocab_size: the second segment is 1 only if the model knows more than one.
         seed: of the draw.
 
     Raises:
@@ -184,12 +186,14 @@ def make_question(
     starts = offsets[:-1]
     ids[starts] = special.cls
     ids[offsets[1:] - 1] = special.sep
-    segments = np.zeros_like(ids)
     masks = np.zeros(0, dtype=np.int64)
+    # The last token of the first segment; in a pair a token of text is left on both sides of it.
+    margin = 2 if case.task == "next-sentence" else 1
+    middles = starts + random.integers(margin, lengths - margin)
+    segments = np.zeros_like(ids)
+    segments[np.arange(case.tokens) > np.repeat(middles, lengths)] = min(1, type_vocab_size - 1)
     if case.task == "next-sentence":
-        middles = starts + lengths // 2
         ids[middles] = special.sep
-        segments[np.arange(case.tokens) > np.repeat(middles, lengths)] = min(1, type_vocab_size - 1)
     elif case.task in MASKED:
         masks = starts + places
         ids[masks] = special.mask

@@ -53,7 +53,26 @@ def test_a_mix_has_special_tokens_in_every_length(task: str) -> None:
         seps = np.flatnonzero(ids == SPECIAL.sep)
         assert len(seps) == (2 if task == "next-sentence" else 1)
         first = seps[0] + 1
-        assert segments.tolist() == [0] * first + [1] * (len(ids) - first)
+        if task == "next-sentence":
+            assert segments.tolist() == [0] * first + [1] * (len(ids) - first)
+        check_segments(segments)
+
+
+def check_segments(segments: np.ndarray) -> None:
+    """One and then the other, each at least a token long."""
+    second = int(segments.sum())
+    assert 0 < second < len(segments)
+    assert segments.tolist() == [0] * (len(segments) - second) + [1] * second
+
+
+@pytest.mark.parametrize("task", ["features", "fill-mask", "mlm-all", "next-sentence"])
+def test_segments_part_anywhere(task: str) -> None:
+    segments = draw(task, 200, 10).tokens.token_type_ids.reshape(200, 10)
+    for row in segments:
+        check_segments(row)
+    # A pair has a token of text and [SEP] in each segment.
+    least, most = (2, 7) if task == "next-sentence" else (1, 8)
+    assert set(segments.sum(axis=1).tolist()) == set(range(least, most + 1))
 
 
 def test_a_case_says_its_shape() -> None:
@@ -84,7 +103,7 @@ def test_second_half_of_a_pair_has_its_own_segment() -> None:
 
 
 def test_a_model_with_one_segment_gets_one() -> None:
-    case = Case(task="next-sentence", batch=2, sequence=8)
+    case = Case(task="features", batch=2, sequence=8)
     question = make_question(case, special=SPECIAL, vocab_size=VOCAB, type_vocab_size=1)
     assert not question.tokens.token_type_ids.any()
 
