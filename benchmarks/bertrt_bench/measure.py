@@ -16,6 +16,7 @@ from bertrt.tokenization import WordPieceTokenizer
 from bertrt_bench.arena import Arena
 from bertrt_bench.cases import Case
 from bertrt_bench.contestants import ENGINE, RIVALS, ContestantKind
+from bertrt_bench.environment import recorded_environment
 from bertrt_bench.lengths import Lengths, read_lengths
 from bertrt_bench.options import BenchOptions, check_fits
 from bertrt_bench.report import CaseResult, Comparison, ContestantRecord, Report
@@ -113,6 +114,7 @@ def measure(
         results=results,
         lengths=lengths,
         peak=peak,
+        environment=recorded_environment(),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
@@ -103,6 +103,7 @@ class Report:
         lengths: the mix of lengths, if there was one.
         peak: operations per second that one core reached with the engine's instruction set and precision in
             this run; the native backend only.
+        environment: the variables that change figures, see `bertrt_bench.environment.recorded_environment`.
     """
 
     options: BenchOptions
@@ -115,6 +116,7 @@ class Report:
     results: Sequence[CaseResult]
     lengths: Lengths | None = None
     peak: float | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The report as a JSON value; times in milliseconds, unless a name says otherwise."""
@@ -146,6 +148,7 @@ class Report:
                 "seed": options.seed,
                 "top_k": TOP_K,
                 "lengths": None if self.lengths is None else _mix(self.lengths),
+                "environment": dict(self.environment),
             },
             "peak_operations_per_second": self.peak,
             "contestants": [
@@ -199,6 +202,10 @@ class Report:
             f"{machine.os}; {machine.python}; bertrt {bertrt.__version__}; "
             f"load {self.load_average:.1f} before the start",
         ]
+        if self.environment:
+            lines.append(
+                f"environment: {' '.join(f'{name}={value}' for name, value in self.environment.items())}"
+            )
         for record in self.contestants:
             facts = [f"{name} {version}" for name, version in record.versions.items()]
             facts += [f"{name} {value}" for name, value in record.details.items()]

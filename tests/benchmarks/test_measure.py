@@ -15,6 +15,7 @@ from bertrt.folder import EngineFolder
 from bertrt.manifest import Source
 from bertrt_bench.agreement import TOLERANCES
 from bertrt_bench.cases import TASKS
+from bertrt_bench.environment import recorded_environment
 from bertrt_bench.measure import count_steps, measure
 from bertrt_bench.options import BenchOptions
 from bertrt_bench.reference import reference_folder
@@ -175,7 +176,12 @@ def test_an_interruption_leaves_nothing(fakes, demo_engine, scratch: Path, alive
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_engine_and_torch_agree_on_the_demo(demo_engine, scratch: Path, precision: str) -> None:
+def test_engine_and_torch_agree_on_the_demo(
+    demo_engine, scratch: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    for name in recorded_environment():
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "8")
     options = BenchOptions(
         engine=str(demo_engine(precision)),
         tasks=TASKS,
@@ -202,7 +208,15 @@ def test_engine_and_torch_agree_on_the_demo(demo_engine, scratch: Path, precisio
     assert list(scratch.iterdir()) == []
     check_report(json.loads(report.to_json_text()))
     text = report.to_text()
-    for word in ("demo, " + precision, "features", "mlm-all", "p99", "tokens/s", "answers agree with torch"):
+    for word in (
+        "demo, " + precision,
+        "features",
+        "mlm-all",
+        "p99",
+        "tokens/s",
+        "answers agree with torch",
+        "environment: MALLOC_ARENA_MAX=8",
+    ):
         assert word in text
 
 
@@ -226,6 +240,7 @@ def check_report(value: dict[str, object]) -> None:
         "seed": 0,
         "top_k": 5,
         "lengths": None,
+        "environment": {"MALLOC_ARENA_MAX": "8"},
     }
     assert value["peak_operations_per_second"] is None
     assert {"name", "kind", "precision", "dialect", "latency_only", "weights_sha256"} <= set(value["engine"])

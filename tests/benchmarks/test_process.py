@@ -14,7 +14,6 @@ import pytest
 from bertrt.errors import MeasurementError
 from bertrt_bench.cases import Case, SpecialIds, make_question
 from bertrt_bench.contestants import ContestantKind, Setup
-from bertrt_bench.environment import worker_environment
 from bertrt_bench.patience import StepTimeout
 from bertrt_bench.process import ContestantProcess
 
@@ -218,26 +217,6 @@ def test_requests_that_make_no_sense_are_answered() -> None:
     assert done.returncode == 0
     assert len(lines) == 4
     assert all(line.startswith(b'{"error":') for line in lines)
-
-
-def test_the_environment_of_a_worker() -> None:
-    base = {
-        "PATH": "/bin",
-        "OMP_NUM_THREADS": "64",
-        "PYTHONPATH": "/here",
-        "PYTHONINSPECT": "1",
-        "PYTHONWARNINGS": "error",
-        "PYTHONSTARTUP": "/home/me/startup.py",
-    }
-    found = worker_environment(base, threads=3, scratch=Path("/scratch"))
-    assert {name: value for name, value in found.items() if name.startswith("PYTHON")} == {
-        "PYTHONPATH": "/here"
-    }
-    assert {value for name, value in found.items() if name.endswith("_NUM_THREADS")} == {"3"}
-    assert found["PATH"] == "/bin"
-    assert found["TMPDIR"] == "/scratch"
-    assert found["HF_HUB_OFFLINE"] == "1"
-    assert base["OMP_NUM_THREADS"] == "64"
 
 
 def test_a_worker_is_not_led_astray_by_the_current_folder(

@@ -312,3 +312,22 @@ def test_the_engines_instruction_set_is_in_its_details(demo_engine) -> None:
     contestant = EngineContestant(Backend(), folder, {})
     assert contestant.details == {"backend": "abacus", "instruction_set": "beads"}
     assert contestant.peak() is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "detail"),
+    [("PIN_THREADS", "threads bound to processors"), ("HUGE_PAGES", "weights in huge pages")],
+)
+def test_the_engines_switches_are_in_its_details(
+    demo_engine, monkeypatch: pytest.MonkeyPatch, variable: str, detail: str
+) -> None:
+    class Backend:
+        name, threads, pads, isa = "native", 1, False, "beads"
+
+    for name in ("BERTRT_PIN_THREADS", "BERTRT_HUGE_PAGES"):
+        monkeypatch.delenv(name, raising=False)
+    folder = EngineFolder.open(demo_engine())
+    found = EngineContestant(Backend(), folder, {}).details
+    assert (found["threads bound to processors"], found["weights in huge pages"]) == ("no", "no")
+    monkeypatch.setenv(f"BERTRT_{variable}", "1")
+    assert EngineContestant(Backend(), folder, {}).details == {**found, detail: "yes"}

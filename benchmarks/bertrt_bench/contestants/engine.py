@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from bertrt.backends.base import Backend, Wanted
 from bertrt.backends.native import NAME as NATIVE
-from bertrt.backends.native import load_kernels
+from bertrt.backends.native import load_kernels, pins_threads, takes_huge_pages
 from bertrt.backends.registry import backend_status, create_backend
 from bertrt.batching import DEFAULT_TOKEN_BUDGET
 from bertrt.engine import Engine
@@ -36,6 +36,8 @@ class EngineContestant:
         self.details: Mapping[str, str] = {
             "backend": backend.name,
             **({"instruction_set": isa} if isinstance(isa, str) else {}),
+            # What no rival is given is told.
+            **(_switches() if backend.name == NATIVE else {}),
         }
 
     def prepare(self, question: Question) -> Run:
@@ -110,6 +112,13 @@ def open_engine(setup: Setup) -> EngineContestant:
         if status.name == backend.name and status.version
     }
     return EngineContestant(backend, folder, versions)
+
+
+def _switches() -> dict[str, str]:
+    return {
+        "threads bound to processors": "yes" if pins_threads() else "no",
+        "weights in huge pages": "yes" if takes_huge_pages() else "no",
+    }
 
 
 def _there(output: _Array | None) -> _Array:

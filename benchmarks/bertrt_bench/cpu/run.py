@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from bertrt import machine
-from bertrt.backends.native import ISA_VARIABLE
 from bertrt.cli.command import EXIT_CHECK_FAILED, EXIT_OK
 from bertrt.cli.console import note, write_atomically
 from bertrt.folder import write_file
@@ -22,12 +20,11 @@ from bertrt_bench.cpu.options import CpuOptions
 from bertrt_bench.cpu.plan import LENGTHS, EngineExport, Kind, Step, chosen, planned
 from bertrt_bench.cpu.record import Record, Taken
 from bertrt_bench.cpu.summary import render
+from bertrt_bench.environment import recorded_environment
 from bertrt_bench.report import FORMAT as BENCH_FORMAT
 from bertrt_export.drift.report import FORMAT as DRIFT_FORMAT
 
 _FORMATS: Final[Mapping[Kind, str]] = {"bench": BENCH_FORMAT, "drift": DRIFT_FORMAT}
-# Those of our variables that change no figure.
-_HARMLESS: Final = frozenset({ISA_VARIABLE, "BERTRT_CACHE", "BERTRT_TRACEBACK"})
 
 
 def run(
@@ -61,11 +58,7 @@ def run(
         abilities=abilities,
         plan=plan,
         steps=chosen(plan, options.only),
-        environment={
-            name: value
-            for name, value in sorted(os.environ.items())
-            if name.startswith("BERTRT_") and name not in _HARMLESS
-        },
+        environment=recorded_environment(),
     )
     with tempfile.TemporaryDirectory(prefix="bertrt-cpu-") as folder:
         scratch = Path(folder)

@@ -13,6 +13,7 @@ import bertrt
 from bertrt.cli.console import write_atomically
 from bertrt.errors import InputError
 from bertrt.machine import Machine
+from bertrt_bench.environment import recorded_environment
 from bertrt_bench.gpu.bench import Bench
 from bertrt_bench.gpu.device import GpuFacts
 from bertrt_bench.gpu.lineup import GPU_BASELINE, REHEARSAL_BASELINE, Step
@@ -86,6 +87,7 @@ class Record:
         probed: what `bertrt_bench.gpu.jobs.probe` found, once it is known.
         bench: where times and agreements are, once there are some.
         steps: so far.
+        environment: the variables that change figures, see `bertrt_bench.environment.recorded_environment`.
     """
 
     options: GpuOptions
@@ -98,6 +100,7 @@ class Record:
     probed: Mapping[str, Any] = field(default_factory=dict)
     bench: Bench | None = None
     steps: list[StepRecord] = field(default_factory=list)
+    environment: Mapping[str, str] = field(default_factory=recorded_environment)
 
     @property
     def failed(self) -> list[str]:
@@ -173,6 +176,7 @@ class Record:
                 **asdict(scale),
                 "included": INCLUDED,
                 "device_memory": MEMORY,
+                "environment": dict(self.environment),
             },
             "subject": None if self.subject is None else self.subject.to_json(),
             "steps": [step.to_json() for step in self.steps],

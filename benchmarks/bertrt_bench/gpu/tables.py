@@ -77,6 +77,9 @@ def _facts(record: _Json) -> list[str]:
         ]
         lines += [f"- left out: {cell(case)}: {cell(reason)}" for case, reason in subject["left_out"].items()]
     settings = record["settings"]
+    if settings["environment"]:
+        pairs = " ".join(f"{name}={value}" for name, value in settings["environment"].items())
+        lines.append(f"- environment: `{cell(pairs)}`")
     lines += [
         f"- a time is {settings['included']}",
         "- contestants take turns, each in a process of its own; figures are over all rounds in which one took part; "

@@ -104,6 +104,15 @@ def test_contestants(tmp_path: Path, fake_gpu: Gpu) -> None:
     assert "- bertrt-tensorrt-fp8 skipped: not installed" in text
 
 
+def test_variables_that_change_figures(
+    tmp_path: Path, fake_gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "8")
+    value = record(tmp_path, fake_gpu).to_json()
+    assert value["settings"]["environment"]["MALLOC_ARENA_MAX"] == "8"
+    assert "MALLOC_ARENA_MAX=8" in "".join(lines_of(render(value), "- environment: `"))
+
+
 @pytest.mark.parametrize("state", ["running", "interrupted"])
 def test_a_record_that_is_not_finished(tmp_path: Path, fake_gpu: Gpu, state: str) -> None:
     kept = record(tmp_path, fake_gpu)
