@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -26,8 +27,10 @@ static_assert(sizeof(Header) <= kAlignment);
 size_t bytes_of(const void* block) { return static_cast<const Header*>(block)->bytes; }
 
 void* allocate(size_t bytes) {
-  const bool huge = bytes >= 2 * kHugePage;
+  const bool huge = bytes >= kHugePage;
   const size_t alignment = huge ? kHugePage : kAlignment;
+  // Whole pages, or the last one would be a small one's many.
+  if (huge && bytes <= SIZE_MAX - kHugePage) bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   void* block = nullptr;
   if (posix_memalign(&block, alignment, bytes) != 0) return nullptr;
 #if defined(__linux__)

@@ -14,7 +14,7 @@ inline constexpr int64_t kSoloTokensPerThread = 256;
 // By how much the most loaded thread may exceed the mean of all when each has sequences of its own.
 inline constexpr double kImbalance = 0.08;
 // Rows of a chunk that one thread computes, and of one that the whole team does; a longer sequence is a chunk alone.
-inline constexpr int32_t kSoloRows = 384;
+inline constexpr int32_t kSoloRows = 256;
 inline constexpr int32_t kSharedRows = 512;
 // Cost of a sequence: length x (kCostPerToken + kCostPerPair x length), in units of any size. The products of
 // BERT-base do about 7.1 million multiply-adds for each token and layer, attention 1,536 for each pair.

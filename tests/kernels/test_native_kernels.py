@@ -95,6 +95,12 @@ def equal_logits(model: Model) -> None:
     model.cls.predictions.decoder.bias = model.cls.predictions.bias
 
 
+@torch.no_grad()
+def overflow(model: Model) -> None:
+    """The sum of the last position's embeddings is too large for float32."""
+    model.bert.embeddings.position_embeddings.weight[-1] = 3e38
+
+
 CASES = {
     **{f"head-size-{size}": heads_of(size) for size in (8, 16, 24, 32, 40, 64, 96, 128)},
     "one-head": heads_of(100, 1),
@@ -118,6 +124,7 @@ CASES = {
 ODD_CASES = {
     "one-neighbour": Case(sizes=heads_of(32, 2).sizes, change=one_neighbour),
     "equal-logits": Case(sizes=heads_of(32, 2, vocab_size=1025).sizes, change=equal_logits),
+    "overflow": Case(sizes=heads_of(32, 2).sizes, change=overflow),
 }
 
 PROGRAM = """
@@ -328,6 +335,23 @@ def test_scores_of_hundreds(
     # tokens are as near, the twin and we may well differ. What is left is that most are not.
     level = decibels(found["hidden_states"], truth["hidden_states"])
     assert level >= truth[precision]["hidden_states"] - 2 * MARGIN[precision]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_overflow_is_not_hidden(
+    precision: str, isa: str, answers: Callable[[str, str, str], dict[str, Any]]
+) -> None:
+    """NaN reaches all that depends on it, as in PyTorch, and nothing of another sequence."""
+    assert LENGTHS[-1] == CASES["head-size-32"].sizes["max_position_embeddings"]
+    found, spared = answers(isa, "overflow", precision), sum(LENGTHS[:-1])
+    for output, axis in {"hidden_states": 0, "mlm_logits": 0, "layers": 1}.items():
+        before, after = np.split(found[output], [spared], axis=axis)
+        assert np.isfinite(before).all(), output
+        # After the embeddings and the first layer's attention.
+        assert np.isnan(after if output != "layers" else after[1:]).all(), output
+    for output in ("pooled", "nsp_logits"):
+        assert np.isfinite(found[output][:-1]).all(), output
+        assert np.isnan(found[output][-1]).all(), output
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -61,7 +61,8 @@ struct Nothing {
 
 // Sums of 32 rows (16 if not kBoth) and 32 outputs. `init`: 32 int32 for each row to start from, or null; `resume`: start
 // from c instead. `between()` is called in each step, among the tile operations, so that vector work overlaps them.
-template <class Tiles, bool kBoth, class Between>
+// kReused: a is read again soon, and shall come into the L1 cache.
+template <class Tiles, bool kBoth, bool kReused, class Between>
 inline __attribute__((always_inline)) void tile_product(const char* a0, const char* a1, size_t a_row, size_t a_piece,
                                                         const char* b, int steps, const int32_t* init, bool resume,
                                                         char* c, size_t c_stride, Between&& between) {
@@ -92,10 +93,18 @@ inline __attribute__((always_inline)) void tile_product(const char* a0, const ch
   }
   for (int step = 0; step < steps; ++step) {
     _tile_loadd(2, b, 64);
-    _tile_stream_loadd(0, a0, a_row);
+    if constexpr (kReused) {
+      _tile_loadd(0, a0, a_row);
+    } else {
+      _tile_stream_loadd(0, a0, a_row);
+    }
     _tile_loadd(3, b + 1024, 64);
     if constexpr (kBoth) {
-      _tile_stream_loadd(1, a1, a_row);
+      if constexpr (kReused) {
+        _tile_loadd(1, a1, a_row);
+      } else {
+        _tile_stream_loadd(1, a1, a_row);
+      }
       Tiles::multiply4();
       a1 += a_piece;
     } else {

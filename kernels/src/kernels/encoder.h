@@ -51,15 +51,19 @@ class ChunkEncoder {
     group_.barrier();
     capture(0);
     for (int layer = 0; layer < sizes_.layers; ++layer) {
-      const Layer& weights = model_.layers[layer];
-      attention(weights);
-      feed_forward(weights);
+      attention(model_.layers[layer]);
+      feed_forward(model_.layers[layer], layer + 1 < sizes_.layers ? &model_.layers[layer + 1] : nullptr);
       capture(layer + 1);
     }
     give_out();
   }
 
  private:
+  // Rows so few that the weights come more slowly than they are multiplied, and how much of the next product's may wait in the
+  // L2 cache.
+  static constexpr int32_t kFewRows = 64;
+  static constexpr int64_t kMostAhead = 256 * 1024;
+
   // Rows of int8 with the scale of each, for a matrix with `steps` pieces.
   Rows quantized(int steps) const { return kInt8 ? tiled(buffers_.quantized, steps) : Rows{}; }
   Range rows_of_mine() const { return share(chunk_.rows, size_, rank_); }
@@ -103,19 +107,35 @@ class ChunkEncoder {
     normalize_rows<kRows, Residual, Storage>(scratch_.rows, totals, norm, outputs, row);
   }
 
-  // Output of a product in rows `to`, with what follows it.
+  // This member's share of a matrix.
+  Panels mine_of(const Matrix& w) const { return {0, w.panel_count, size_, rank_}; }
+
+  // Weights are what short batches wait for: while a member does something else, it touches those that it reads next.
+  void touch(int lines) {
+    if (chunk_.rows <= kFewRows) ahead_.touch(lines);
+  }
+
+  // Output of a product in rows `to`, with what follows it; then `next` is read, if it is not null.
   template <class Out, After kAfter>
-  void product(const Matrix& w, const Rows& storage_input, const void* bytes, const Steps& steps, const Rows& to) {
+  void product(const Matrix& w, const Panels& panels, const Rows& storage_input, const void* bytes, const Steps& steps,
+               const Rows& to, const Matrix* next, const Panels& panels_of_next) {
+    ahead_ = next == nullptr ? Ahead{} : panels_of_next.ahead(*next, chunk_.rows);
+    if (ahead_.end - ahead_.next > kMostAhead) ahead_.end = ahead_.next + kMostAhead;
     constexpr Next kNext = kInt8 ? Next::kInt8 : sizeof(Out) == 2 ? Next::kBfloat16 : Next::kFloat32;
     if constexpr (kInt8) {
       const StorePieces<Out, true, kAfter, kNext> out{to, {buffers_.row_scale, w.scale, w.bias}};
-      multiply_part<Int8Product>(tiled(bytes, w.steps), chunk_.rows, w, offset_of(steps), 0, w.panel_count, size_, rank_,
-                                 scratch_.block, out);
+      multiply_part<Int8Product>(tiled(bytes, w.steps), chunk_.rows, w, offset_of(steps), panels, scratch_.block, out,
+                                 ahead_);
     } else {
       const StorePieces<Out, false, kAfter, kNext> out{to, {nullptr, nullptr, w.bias}};
-      multiply_part<typename ProductOf<Storage>::type>(storage_input, chunk_.rows, w, 0, 0, w.panel_count, size_, rank_,
-                                                       scratch_.block, out);
+      multiply_part<typename ProductOf<Storage>::type>(storage_input, chunk_.rows, w, 0, panels, scratch_.block, out,
+                                                       ahead_);
     }
+  }
+  template <class Out, After kAfter>
+  void product(const Matrix& w, const Rows& storage_input, const void* bytes, const Steps& steps, const Rows& to,
+               const Matrix* next) {
+    product<Out, kAfter>(w, mine_of(w), storage_input, bytes, steps, to, next, next == nullptr ? Panels{} : mine_of(*next));
     group_.barrier();
   }
 
@@ -123,6 +143,7 @@ class ChunkEncoder {
     if constexpr (kInt8) {
       const Rows bytes = tiled(to, steps);
       by_rows<8>(rows_of_mine(), [&](int64_t row, auto count) {
+        touch(16 * count.value);
         quantize_rows<count.value>(from, storage_pieces<Storage>(width), bytes, steps, how, buffers_.row_scale, row);
       });
       group_.barrier();
@@ -133,6 +154,7 @@ class ChunkEncoder {
   void add_and_normalize(const float* gamma, const float* beta, int next_steps) {
     by_rows<2>(rows_of_mine(), [&](int64_t row, auto count) {
       float totals[count.value];
+      touch(32 * count.value);
       add_rows<count.value, Residual, Residual>(hidden_, result_, row, sizes_.hidden, scratch_.rows, totals);
       normalize<count.value>(totals, gamma, beta, next_steps, row);
     });
@@ -143,54 +165,89 @@ class ChunkEncoder {
     using Head = Operand<Storage>;
     // Rows whose stride is a multiple of 2 KB would share their cache sets.
     const size_t stride = static_cast<size_t>(round_up(static_cast<int64_t>(3 * inner_ * sizeof(Head)), 64)) + 64;
-    product<Head, After::kNothing>(weights.qkv, input_, buffers_.quantized, kSymmetric,
-                                   row_major(buffers_.qkv, stride));
-    attend_all<Head>(stride);
+    const Rows qkv = row_major(buffers_.qkv, stride);
+    const Matrix& w = weights.qkv;
+    const Matrix& next = weights.attention_out;
+    if (by_heads()) {
+      for (int part = 0; part < 3; ++part) {
+        const bool last = part == 2;
+        product<Head, After::kNothing>(w, heads_of_mine(part), input_, buffers_.quantized, kSymmetric, qkv,
+                                       last ? &next : &w, last ? mine_of(next) : heads_of_mine(part + 1));
+      }
+      const Range heads = share(sizes_.heads, size_, rank_);
+      for (int32_t s = 0; s < chunk_.sequence_count; ++s) {
+        const Sequence& sequence = chunk_.sequences[s];
+        for (int64_t head = heads.begin; head < heads.end; ++head) {
+          attend_one<Head>(stride, sequence, static_cast<int>(head), 0, sequence.length);
+        }
+      }
+    } else {
+      product<Head, After::kNothing>(w, input_, buffers_.quantized, kSymmetric, qkv, &next);
+      attend_all<Head>(stride);
+    }
     group_.barrier();
-    quantize(context_, inner_, buffers_.quantized, weights.attention_out.steps, kSymmetric);
-    product<Residual, After::kNothing>(weights.attention_out, context_, buffers_.quantized, kSymmetric, result_);
+    quantize(context_, inner_, buffers_.quantized, next.steps, kSymmetric);
+    product<Residual, After::kNothing>(next, context_, buffers_.quantized, kSymmetric, result_, &weights.ffn_in);
     add_and_normalize(weights.attention_norm_gamma, weights.attention_norm_beta, weights.ffn_in.steps);
+  }
+
+  // Whether each member computes queries, keys and values of its own heads, which then nobody waits for. Uneven shares would
+  // cost more than that.
+  bool by_heads() const { return size_ > 1 && sizes_.heads % size_ == 0; }
+  // The panels of this member's heads: queries (0), keys (1) or values (2).
+  Panels heads_of_mine(int part) const {
+    const int panels = sizes_.padded_head_size / 32, own = sizes_.heads / size_;
+    return {(part * sizes_.heads + rank_ * own) * panels, own * panels, 1, 0};
   }
 
   template <class Head>
   void attend_all(size_t stride) {
-    const int heads = sizes_.heads, depth = sizes_.padded_head_size;
+    const int heads = sizes_.heads;
     const int64_t tasks = static_cast<int64_t>(chunk_.sequence_count) * heads;
     // With few heads for many members, several share one and each takes some of its queries.
     const int split = size_ > 1 && tasks < 4 * size_ ? 2 : 1;
     const Range mine = share(tasks * split, size_, rank_);
-    const char* qkv = static_cast<const char*>(buffers_.qkv);
     for (int64_t task = mine.begin; task < mine.end; ++task) {
       const Sequence& sequence = chunk_.sequences[task / split / heads];
-      const int head = static_cast<int>(task / split % heads);
       const int turn = static_cast<int>(task % split);
       const int blocks = (sequence.length + 31) / 32;
       const int begin = blocks * turn / split * 32;
       const int end = turn + 1 == split ? sequence.length : blocks * (turn + 1) / split * 32;
-      if (begin >= end) continue;
-      attend<Head, Storage>(qkv + static_cast<size_t>(sequence.row) * stride +
-                                static_cast<size_t>(head) * depth * sizeof(Head),
-                            stride, static_cast<size_t>(inner_) * sizeof(Head), sequence.length, begin, end,
-                            sizes_.head_size, depth, context_, sequence.row,
-                            head * depth / kPiece<Storage>, scratch_);
+      if (begin < end) attend_one<Head>(stride, sequence, static_cast<int>(task / split % heads), begin, end);
     }
   }
 
-  void feed_forward(const Layer& weights) {
+  template <class Head>
+  void attend_one(size_t stride, const Sequence& sequence, int head, int begin, int end) {
+    const int depth = sizes_.padded_head_size;
+    touch(128);
+    attend<Head, Storage>(static_cast<const char*>(buffers_.qkv) + static_cast<size_t>(sequence.row) * stride +
+                              static_cast<size_t>(head) * depth * sizeof(Head),
+                          stride, static_cast<size_t>(inner_) * sizeof(Head), sequence.length, begin, end,
+                          sizes_.head_size, depth, context_, sequence.row, head * depth / kPiece<Storage>, scratch_);
+  }
+
+  // `next`: the layer after this one, or null.
+  void feed_forward(const Layer& weights, const Layer* next) {
+    const Matrix& in = weights.ffn_in;
+    const Matrix& out = weights.ffn_out;
     switch (sizes_.activation) {
       case Activation::kGelu:
-        product<Storage, After::kGelu>(weights.ffn_in, input_, buffers_.quantized, kSymmetric, wide_);
+        product<Storage, After::kGelu>(in, input_, buffers_.quantized, kSymmetric, wide_, &out);
         break;
       case Activation::kGeluNew:
-        product<Storage, After::kGeluNew>(weights.ffn_in, input_, buffers_.quantized, kSymmetric, wide_);
+        product<Storage, After::kGeluNew>(in, input_, buffers_.quantized, kSymmetric, wide_, &out);
         break;
       case Activation::kRelu:
-        product<Storage, After::kRelu>(weights.ffn_in, input_, buffers_.quantized, kSymmetric, wide_);
+        product<Storage, After::kRelu>(in, input_, buffers_.quantized, kSymmetric, wide_, &out);
         break;
     }
     const Steps steps = steps_after(sizes_.activation);
-    quantize(wide_, sizes_.intermediate, buffers_.wide_quantized, weights.ffn_out.steps, steps);
-    product<Residual, After::kNothing>(weights.ffn_out, wide_, buffers_.wide_quantized, steps, result_);
+    quantize(wide_, sizes_.intermediate, buffers_.wide_quantized, out.steps, steps);
+    const Panels panels = next == nullptr ? Panels{} : by_heads() ? heads_of_mine(0) : mine_of(next->qkv);
+    product<Residual, After::kNothing>(out, mine_of(out), wide_, buffers_.wide_quantized, steps, result_,
+                                       next == nullptr ? nullptr : &next->qkv, panels);
+    group_.barrier();
     add_and_normalize(weights.ffn_norm_gamma, weights.ffn_norm_beta, weights.qkv.steps);
   }
 
@@ -237,6 +294,7 @@ class ChunkEncoder {
   const int size_;
   const int inner_;
   const Rows hidden_, input_, context_, result_, wide_;
+  Ahead ahead_{};  // weights of this member's next product
 };
 
 void encode(const Model& model, const Chunk& chunk, const ChunkBuffers& buffers, const ThreadBuffers& scratch,

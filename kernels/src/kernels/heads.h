@@ -109,8 +109,10 @@ class MlmHead {
     const Matrix& dense = model_.mlm_dense;
     const Rows result = tiled(buffers_.transformed, storage_pieces<float>(sizes_.hidden));
     const StorePieces<float, false, kAfter, Next::kFloat32> out{result, {nullptr, nullptr, dense.bias}};
-    multiply_part<typename ProductOf<Storage>::type>(tiled(block_.rows, pieces), block_.count, dense, 0, 0,
-                                                     dense.panel_count, size_, rank_, scratch_.block, out);
+    Ahead decoder = decoder_ahead(static_cast<int>(share(tasks_, size_, rank_).begin));
+    multiply_part<typename ProductOf<Storage>::type>(tiled(block_.rows, pieces), block_.count, dense, 0,
+                                                     Panels{0, dense.panel_count, size_, rank_}, scratch_.block, out,
+                                                     decoder);
     group_.barrier();
     const Range rows = share(block_.count, size_, rank_);
     const int steps = model_.mlm_decoder.steps;
@@ -126,8 +128,16 @@ class MlmHead {
     group_.barrier();
   }
 
+  // The panels of a task, and all behind them.
+  Ahead decoder_ahead(int task) const {
+    const Matrix& w = model_.mlm_decoder;
+    const int first = task * (kDecodeColumns / 32) < w.panel_count ? task * (kDecodeColumns / 32) : w.panel_count;
+    return Panels{first, w.panel_count - first, 1, 0}.ahead(w, block_.count);
+  }
+
   void decode(int task) {
     const Matrix& w = model_.mlm_decoder;
+    Ahead following = decoder_ahead(task + 1);
     const int first = task * kDecodeColumns;
     const int columns = sizes_.vocab - first < kDecodeColumns ? sizes_.vocab - first : kDecodeColumns;
     const int first_panel = first / 32, panels = (columns + 31) / 32;
@@ -136,13 +146,13 @@ class MlmHead {
       const StorePieces<float, true, After::kNothing, Next::kFloat32> out{
           logits, {buffers_.chunk.row_scale, w.scale, w.bias}, first_panel};
       multiply_part<Int8Product>(tiled(buffers_.chunk.quantized, w.steps), block_.count, w, offset_of(kSymmetric),
-                                 first_panel, panels, 1, 0, scratch_.block, out);
+                                 Panels{first_panel, panels, 1, 0}, scratch_.block, out, following);
     } else {
       const StorePieces<float, false, After::kNothing, Next::kFloat32> out{
           logits, {nullptr, nullptr, w.bias}, first_panel};
       multiply_part<typename ProductOf<Storage>::type>(
-          tiled(buffers_.chunk.hidden, storage_pieces<Storage>(sizes_.hidden)), block_.count, w, 0, first_panel, panels,
-          1, 0, scratch_.block, out);
+          tiled(buffers_.chunk.hidden, storage_pieces<Storage>(sizes_.hidden)), block_.count, w, 0,
+          Panels{first_panel, panels, 1, 0}, scratch_.block, out, following);
     }
     for (int row = 0; row < block_.count; ++row) {
       const float* values = scratch_.logits + static_cast<int64_t>(row) * kLogitStride;
@@ -253,9 +263,10 @@ void pool_rows(const Model& model, const PoolBlock& block, const ThreadBuffers& 
   const Architecture& sizes = model.architecture;
   const Matrix& dense = model.pooler_dense;
   const StoreExactly<false, After::kTanh> out{block.pooled, sizes.hidden, sizes.hidden, {nullptr, nullptr, dense.bias}};
+  Ahead nothing{};
   multiply_part<typename ProductOf<Storage>::type>(tiled(block.rows, storage_pieces<Storage>(sizes.hidden)), block.count,
-                                                   dense, 0, 0, dense.panel_count, group.size(), rank, scratch.block,
-                                                   out);
+                                                   dense, 0, Panels{0, dense.panel_count, group.size(), rank},
+                                                   scratch.block, out, nothing);
   group.barrier();
   if (block.nsp == nullptr) return;
   const int64_t width = round_up(sizes.hidden, 64);

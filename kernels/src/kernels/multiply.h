@@ -46,11 +46,11 @@ inline void product_block(const Rows& a, int64_t row0, int rows, const char* pan
 #if BERTRT_HAS_AMX
   if constexpr (kOnTiles<Product>) {
     if (rows > 16) {
-      tile_product<Product, true>(a.at(row0), a.at(row0 + 16), a.row, a.piece, panel, steps, init, false, c, c_stride,
-                                  Nothing{});
+      tile_product<Product, true, true>(a.at(row0), a.at(row0 + 16), a.row, a.piece, panel, steps, init, false, c,
+                                        c_stride, Nothing{});
     } else {
-      tile_product<Product, false>(a.at(row0), nullptr, a.row, a.piece, panel, steps, init, false, c, c_stride,
-                                   Nothing{});
+      tile_product<Product, false, true>(a.at(row0), nullptr, a.row, a.piece, panel, steps, init, false, c, c_stride,
+                                         Nothing{});
     }
     return;
   } else
@@ -115,10 +115,10 @@ class Stretches {
 };
 
 // The matrix product a w^T for the blocks of `part`, counted panel by panel. `offset` is what has to be added to the
-// stored bytes of a to get whole numbers of which the sums are taken (int8 only).
+// stored bytes of a to get whole numbers of which the sums are taken (int8 only). During the last panel `then` is touched.
 template <class Product, class Epilogue>
 void multiply(const Rows& a, int64_t rows, const Matrix& w, int32_t offset, Range part, char* scratch,
-              const Epilogue& out) {
+              const Epilogue& out, Ahead& then) {
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
   const size_t panel_bytes = static_cast<size_t>(w.steps) * 2048;
   alignas(64) int32_t init_memory[32];
@@ -134,7 +134,12 @@ void multiply(const Rows& a, int64_t rows, const Matrix& w, int32_t offset, Rang
     const char* ahead_of = static_cast<const char*>(w.panels) + static_cast<size_t>(next.panel) * panel_bytes;
     const int64_t last_row = now.last * kBlockRows < rows ? now.last * kBlockRows : rows;
     const int64_t turns = (last_row - now.first * kBlockRows + Product::kRows - 1) / Product::kRows * kPasses;
-    Ahead ahead{ahead_of, ahead_of + (more ? panel_bytes : 0), static_cast<int>((32 + turns - 1) / turns)};
+    Ahead ahead{ahead_of, ahead_of + panel_bytes, static_cast<int>((32 + turns - 1) / turns)};
+    if (!more) {
+      const bool longer = static_cast<size_t>(then.end - then.next) > panel_bytes;
+      ahead = {then.next, longer ? then.next + panel_bytes : then.end, ahead.lines};
+      then.next = ahead.end;
+    }
     for (int64_t block = now.first; block < now.last; ++block) {
       const int64_t row0 = block * kBlockRows;
       const int count = static_cast<int>(rows - row0 < kBlockRows ? rows - row0 : kBlockRows);
@@ -189,13 +194,15 @@ class Meanwhile {
 template <class Product, class Epilogue>
 class TileMultiply {
  public:
-  TileMultiply(const Rows& a, int64_t rows, const Matrix& w, int32_t offset, char* scratch, const Epilogue& out)
+  TileMultiply(const Rows& a, int64_t rows, const Matrix& w, int32_t offset, char* scratch, const Epilogue& out,
+               Ahead& then)
       : a_(a),
         rows_(rows),
         w_(w),
         offset_(offset),
         scratch_(scratch),
         out_(out),
+        then_(then),
         panel_bytes_(static_cast<size_t>(w.steps) * 2048),
         parts_((w.steps + Product::kBlockSteps - 1) / Product::kBlockSteps) {}
 
@@ -210,8 +217,14 @@ class TileMultiply {
       const int32_t* init = initial_sums(w_, now.panel, offset_, init_memory_);
       // Lines of the next panel spread over this panel's steps.
       const int64_t turns = (now.last - now.first) * w_.steps;
-      ahead_ = panel(next.panel);
-      lines_ = more ? static_cast<int>((static_cast<int64_t>(w_.steps) * 32 + turns - 1) / turns) : 0;
+      lines_ = static_cast<int>((static_cast<int64_t>(w_.steps) * 32 + turns - 1) / turns);
+      if (more) {
+        ahead_ = panel(next.panel);
+      } else {
+        ahead_ = then_.next;
+        if (then_.end - then_.next < turns * lines_ * 64) lines_ = 0;
+        then_.next += turns * lines_ * 64;
+      }
       // Sums of a panel that is used once need not leave the registers.
       const bool whole = parts_ == 1 || now.last - now.first == 1;
       if (whole != whole_) finish();
@@ -245,11 +258,11 @@ class TileMultiply {
     Meanwhile<Epilogue> meanwhile(pending, pending.rows * part / parts, pending.rows * (part + 1) / parts, steps,
                                   ahead_, lines_);
     if (rows_of(block) > 16) {
-      tile_product<Product, true>(a_.at(row0) + skip, a_.at(row0 + 16) + skip, a_.row, a_.piece, tiles, steps, init,
-                                  part != 0, c, kBlockStride, meanwhile);
+      tile_product<Product, true, false>(a_.at(row0) + skip, a_.at(row0 + 16) + skip, a_.row, a_.piece, tiles, steps,
+                                         init, part != 0, c, kBlockStride, meanwhile);
     } else {
-      tile_product<Product, false>(a_.at(row0) + skip, nullptr, a_.row, a_.piece, tiles, steps, init, part != 0, c,
-                                   kBlockStride, meanwhile);
+      tile_product<Product, false, false>(a_.at(row0) + skip, nullptr, a_.row, a_.piece, tiles, steps, init,
+                                          part != 0, c, kBlockStride, meanwhile);
     }
     ahead_ += static_cast<size_t>(steps) * lines_ * 64;
   }
@@ -302,6 +315,7 @@ class TileMultiply {
   const int32_t offset_;
   char* const scratch_;
   const Epilogue& out_;
+  Ahead& then_;
   const size_t panel_bytes_;
   const int parts_;
   alignas(64) int32_t init_memory_[32];
@@ -312,22 +326,39 @@ class TileMultiply {
 };
 #endif
 
-// `multiply` in the way that suits the product; members of a group take equal shares of all blocks.
+// Some panels of a matrix, of which members of a group take equal shares of all blocks of rows.
+struct Panels {
+  int first, count;
+  int size, rank;
+
+  inline Range part(int64_t blocks) const {
+    const Range mine = share(blocks * count, size, rank);
+    return {mine.begin + first * blocks, mine.end + first * blocks};
+  }
+  // The weights of a member's share, from its first panel to its last.
+  inline Ahead ahead(const Matrix& w, int64_t rows) const {
+    const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+    const Range mine = part(blocks);
+    const char* panels = static_cast<const char*>(w.panels);
+    const int64_t bytes = static_cast<int64_t>(w.steps) * 2048;
+    if (mine.begin >= mine.end) return {panels, panels, 0};
+    return {panels + mine.begin / blocks * bytes, panels + ((mine.end - 1) / blocks + 1) * bytes, 0};
+  }
+};
+
+// `multiply` in the way that suits the product.
 template <class Product, class Epilogue>
-inline void multiply_part(const Rows& a, int64_t rows, const Matrix& w, int32_t offset, int first_panel, int panels,
-                          int size, int rank, void* scratch, const Epilogue& out) {
-  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  Range part = share(blocks * panels, size, rank);
-  part.begin += first_panel * blocks;
-  part.end += first_panel * blocks;
+inline void multiply_part(const Rows& a, int64_t rows, const Matrix& w, int32_t offset, const Panels& panels,
+                          void* scratch, const Epilogue& out, Ahead& then) {
+  const Range part = panels.part((rows + kBlockRows - 1) / kBlockRows);
 #if BERTRT_HAS_AMX
   if constexpr (kOnTiles<Product>) {
-    TileMultiply<Product, Epilogue>(a, rows, w, offset, static_cast<char*>(scratch), out).run(part);
+    TileMultiply<Product, Epilogue>(a, rows, w, offset, static_cast<char*>(scratch), out, then).run(part);
     return;
   } else
 #endif
   {
-    multiply<Product>(a, rows, w, offset, part, static_cast<char*>(scratch), out);
+    multiply<Product>(a, rows, w, offset, part, static_cast<char*>(scratch), out, then);
   }
 }
 

@@ -35,8 +35,9 @@ struct Ahead {
   const char* end;
   int lines;  // of 64 bytes in each step
 
-  inline void touch() {
-    for (int i = 0; i < lines && next < end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+  inline void touch() { touch(lines); }
+  inline void touch(int count) {
+    for (int i = 0; i < count && next < end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
   }
 };
 
