@@ -20,7 +20,7 @@ from bertrt_bench.agreement import Agreement
 from bertrt_bench.cases import RANKED, TOP_K, Case, Question, SpecialIds, make_question
 from bertrt_bench.contestants import ENGINE, ContestantKind, Setup
 from bertrt_bench.patience import StepTimeout
-from bertrt_bench.process import ContestantProcess, Turn
+from bertrt_bench.process import ContestantProcess
 from bertrt_bench.reference import reference_folder
 from bertrt_bench.texts import make_text_question
 
@@ -150,7 +150,7 @@ class Arena:
 
     def turn(
         self, contestant: ContestantProcess, case: Case, *, warmup: int, runs: int, seconds: float
-    ) -> Turn:
+    ) -> list[int]:
         """Let one contestant run a case while the others are at rest; see `ContestantProcess.time`."""
         return contestant.time(self.cases.index(case), case, warmup=warmup, runs=runs, seconds=seconds)
 

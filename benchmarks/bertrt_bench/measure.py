@@ -139,7 +139,7 @@ def take_turns(
         for case in cases:
             for contestant in arena.contestants:
                 turn = arena.turn(contestant, case, warmup=warmup, runs=runs, seconds=seconds)
-                times.setdefault((case, contestant.kind.name), []).append(turn.nanoseconds)
+                times.setdefault((case, contestant.kind.name), []).append(turn)
                 on_step()
     return times
 

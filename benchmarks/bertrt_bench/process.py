@@ -24,16 +24,16 @@ _GRACE_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
-    """What a contestant measured in one turn.
+class Idle:
+    """What a contestant did while it was another's turn.
 
     Attributes:
-        nanoseconds: of each timed run.
-        idle_cpu_seconds: processor time that its threads used while it was another's turn, since its last.
+        cpu_seconds: processor time that its threads used.
+        seconds: how long that was.
     """
 
-    nanoseconds: list[int]
-    idle_cpu_seconds: float
+    cpu_seconds: float
+    seconds: float
 
 
 class ContestantProcess:
@@ -44,7 +44,8 @@ class ContestantProcess:
         versions: of the packages that do its work.
         details: what else decides its speed.
         threads: that its library says it runs with; ``None`` until that is known.
-        idle_cpu_seconds: processor time that it used while it was another's turn.
+        idle: what it did in others' turns so far; ``None`` while none was measured.
+        restless: turns after which its threads did not come to rest.
         patience: how long each request may take; may be changed between two of them.
         usable: whether it can be asked: false before its start, after its end, and once anything went wrong but an
             error that the worker itself reported. One that did not answer in time may do so at any moment, and its
@@ -62,7 +63,8 @@ class ContestantProcess:
         self.versions: Mapping[str, str] = {}
         self.details: Mapping[str, str] = {}
         self.threads: int | None = None
-        self.idle_cpu_seconds = 0.0
+        self.idle: Idle | None = None
+        self.restless = 0
         self.patience = patience
         self.usable = False
         self._setup = setup
@@ -117,7 +119,7 @@ class ContestantProcess:
         )
         return protocol.load_arrays(folder, answer.get("arrays"))
 
-    def time(self, index: int, case: Case, *, warmup: int, runs: int, seconds: float) -> Turn:
+    def time(self, index: int, case: Case, *, warmup: int, runs: int, seconds: float) -> list[int]:
         """Time the prepared case, and come to rest after it.
 
         Args:
@@ -126,16 +128,23 @@ class ContestantProcess:
             warmup: runs before the first timed one.
             runs: timed runs at least.
             seconds: go on until this much time has passed.
+
+        Returns:
+            Nanoseconds of each timed run.
         """
         request = {"op": "time", "index": index, "warmup": warmup, "runs": runs, "seconds": seconds}
         answer = self._ask(f"timing {case}", request, measured=seconds)
-        times, idle = answer.get("nanoseconds"), answer.get("idle_cpu_seconds")
+        times, idle = answer.get("nanoseconds"), answer.get("idle")
         if not isinstance(times, list) or not all(type(value) is int for value in times):
             raise MeasurementError(f"{self.kind.name}: its worker reported no list of whole nanoseconds")
-        if not isinstance(idle, int | float):
-            raise MeasurementError(f"{self.kind.name}: its worker reported no idle time")
-        self.idle_cpu_seconds += max(0.0, idle)
-        return Turn(nanoseconds=times, idle_cpu_seconds=float(idle))
+        if idle is not None:
+            before = self.idle or Idle(cpu_seconds=0.0, seconds=0.0)
+            self.idle = Idle(
+                cpu_seconds=before.cpu_seconds + max(0.0, idle["cpu_seconds"]),
+                seconds=before.seconds + idle["seconds"],
+            )
+        self.restless += answer.get("rested") is False
+        return times
 
     def peak(self) -> float | None:
         """Operations per second that one core reaches at best, measured now, if the contestant can tell."""

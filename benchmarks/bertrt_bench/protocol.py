@@ -7,8 +7,11 @@ The parent writes a request, the worker answers it with one line; requests are::
     {"op": "prepare", "index": 0, "case": {...}, "folder": PATH}    -> {"details": {...}, "threads": 2}
     {"op": "answer", "index": 0, "folder": PATH, "rows": 144}       -> {"arrays": [NAME, ...]}
     {"op": "time", "index": 0, "warmup": 1, "runs": 1, "seconds": 0.4}
-        -> {"nanoseconds": [...], "idle_cpu_seconds": 0.0}, after the worker's threads have come to rest
+        -> {"nanoseconds": [...], "idle": {"cpu_seconds": 0.0, "seconds": 1.5}}; idle of others' turns since its last
+           one, null where it had none or was asked for anything else meanwhile
     {"op": "peak"}                                                  -> {"operations_per_second": 1e12}, or null
+
+The worker answers when its threads have come to rest; ``"rested": false`` says that they would not.
 
 A request that fails is answered with ``{"error": MESSAGE}``, and the worker goes on. It ends when its
 standard input does.

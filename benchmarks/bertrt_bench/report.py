@@ -16,12 +16,16 @@ from bertrt.manifest import Manifest
 from bertrt_bench.agreement import MEASURES, Agreement
 from bertrt_bench.cases import TOP_K, Case
 from bertrt_bench.lengths import Lengths
+from bertrt_bench.markdown import number
 from bertrt_bench.options import BenchOptions
 from bertrt_bench.process import ContestantProcess
 from bertrt_bench.timings import Speedup, Timings
 
 FORMAT: Final = "bertrt-bench"
-FORMAT_VERSION: Final = 1
+# 2: figures that too few runs do not tell are null.
+FORMAT_VERSION: Final = 2
+# Of a processor, used while it was another's turn: above it a contestant is told to have disturbed the others.
+_MOST_IDLE_SHARE: Final = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +39,9 @@ class ContestantRecord:
         versions: of the packages that did its work.
         details: what else decides its speed.
         idle_cpu_seconds: processor time that it used while it was another's turn; near 0, or it disturbed
-            them.
+            them; ``None`` if that was never measured.
+        idle_seconds: how long others' turns were.
+        restless_turns: after which its threads did not come to rest.
     """
 
     name: str
@@ -43,7 +49,9 @@ class ContestantRecord:
     threads: int | None
     versions: Mapping[str, str]
     details: Mapping[str, str]
-    idle_cpu_seconds: float
+    idle_cpu_seconds: float | None = None
+    idle_seconds: float | None = None
+    restless_turns: int = 0
 
     @classmethod
     def of(cls, contestant: ContestantProcess) -> ContestantRecord:
@@ -54,8 +62,23 @@ class ContestantRecord:
             threads=contestant.threads,
             versions=contestant.versions,
             details=contestant.details,
-            idle_cpu_seconds=contestant.idle_cpu_seconds,
+            idle_cpu_seconds=None if contestant.idle is None else contestant.idle.cpu_seconds,
+            idle_seconds=None if contestant.idle is None else contestant.idle.seconds,
+            restless_turns=contestant.restless,
         )
+
+    @property
+    def warnings(self) -> list[str]:
+        """How it disturbed the others, a sentence each."""
+        found = []
+        if self.idle_cpu_seconds is not None and self.idle_seconds:
+            share = self.idle_cpu_seconds / self.idle_seconds
+            if share > _MOST_IDLE_SHARE:
+                found.append(f"{self.name} used {share:.0%} of a processor while it was another's turn")
+        if self.restless_turns:
+            turns = f"{self.restless_turns} turn{'' if self.restless_turns == 1 else 's'}"
+            found.append(f"the threads of {self.name} did not come to rest after {turns}")
+        return [f"warning: {sentence}; the others' times are too long" for sentence in found]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,9 +267,9 @@ class Report:
                     timings.mean_ms,
                     timings.std_ms,
                 )
-                row = [*shape, name, *map(_short, milliseconds)]
+                row = [*shape, name, *map(_known, milliseconds)]
                 row += [
-                    _short(timings.sequences_per_second),
+                    number(timings.sequences_per_second),
                     f"{timings.tokens_per_second:,.0f}",
                     str(timings.runs),
                 ]
@@ -265,6 +288,7 @@ class Report:
             for result in self.results
             if result.over_features is not None
         ]
+        lines += [warning for record in self.contestants for warning in record.warnings]
         for record in self.contestants[1:]:
             worst: dict[str, Agreement] = {}
             for result in self.results:
@@ -281,11 +305,8 @@ class Report:
         return ["", *lines] if lines else []
 
 
-def _short(value: float) -> str:
-    """Three significant digits, or all the digits of a larger number."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+def _known(value: float | None) -> str:
+    return "" if value is None else number(value)
 
 
 def _mix(lengths: Lengths) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from bertrt.errors import MeasurementError
 from bertrt_bench.cases import Case
@@ -18,12 +19,12 @@ class Timings:
     """The figures of one contestant in one case. Times are in milliseconds for one run of the whole batch.
 
     Attributes:
-        runs: timed runs, all rounds together; a percentile says little beyond ``1 - 1 / runs``.
+        runs: timed runs, all rounds together.
         p50_ms: median; the percentiles are interpolated linearly, as NumPy's are.
-        p90_ms: 90th percentile.
-        p99_ms: 99th percentile.
+        p90_ms: 90th percentile; ``None`` of fewer than 10 runs, which do not tell it from the slowest.
+        p99_ms: 99th percentile; ``None`` of fewer than 100 runs.
         mean_ms: mean.
-        std_ms: sample standard deviation (``runs - 1``); 0 of a single run.
+        std_ms: sample standard deviation (``runs - 1``); ``None`` of a single run.
         min_ms: fastest run.
         max_ms: slowest run.
         round_p50_ms: the median of each round: what differs between them is the machine, not the contestant.
@@ -33,10 +34,10 @@ class Timings:
 
     runs: int
     p50_ms: float
-    p90_ms: float
-    p99_ms: float
+    p90_ms: float | None
+    p99_ms: float | None
     mean_ms: float
-    std_ms: float
+    std_ms: float | None
     min_ms: float
     max_ms: float
     round_p50_ms: tuple[float, ...]
@@ -59,21 +60,25 @@ def summarise(rounds: Sequence[Sequence[int]], case: Case) -> Timings:
     times = np.concatenate([np.asarray(times, dtype=np.float64) for times in rounds]) / _NANOSECONDS_PER_MS
     if not bool(np.all(times > 0)):
         raise MeasurementError(f"{case}: the clock did not advance during a run; use larger shapes")
-    p50, p90, p99 = np.percentile(times, [50, 90, 99])
     runs_per_second = 1000.0 * times.size / float(times.sum())
     return Timings(
         runs=int(times.size),
-        p50_ms=float(p50),
-        p90_ms=float(p90),
-        p99_ms=float(p99),
+        p50_ms=float(np.median(times)),
+        p90_ms=_percentile(times, 90),
+        p99_ms=_percentile(times, 99),
         mean_ms=float(times.mean()),
-        std_ms=float(times.std(ddof=1)) if times.size > 1 else 0.0,
+        std_ms=float(times.std(ddof=1)) if times.size > 1 else None,
         min_ms=float(times.min()),
         max_ms=float(times.max()),
         round_p50_ms=tuple(float(np.median(times)) / _NANOSECONDS_PER_MS for times in rounds),
         sequences_per_second=case.batch * runs_per_second,
         tokens_per_second=case.tokens * runs_per_second,
     )
+
+
+def _percentile(times: npt.NDArray[np.float64], percent: int) -> float | None:
+    # One run at least must lie beyond it.
+    return float(np.percentile(times, percent)) if times.size * (100 - percent) >= 100 else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

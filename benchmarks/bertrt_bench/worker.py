@@ -55,19 +55,20 @@ def time_runs(run: Callable[[], object], *, warmup: int, runs: int, seconds: flo
     return times
 
 
-def come_to_rest() -> None:
-    """Wait until the threads of this process are idle.
+def come_to_rest() -> bool:
+    """Wait until the threads of this process are idle; false if they would not be.
 
     Thread pools spin for a while when their work is done (those of ONNX Runtime and OpenMP for tens of
     milliseconds, Intel's OpenMP for 200), which would take processors from the contestant whose turn comes
-    next. A pool that never rests is waited for no longer than `_LONGEST_REST`; its idle time shows it.
+    next. A pool that never rests is waited for no longer than `_LONGEST_REST`.
     """
     end = time.monotonic() + _LONGEST_REST
     while time.monotonic() < end:
         before = time.process_time()
         time.sleep(_REST_WINDOW)
         if time.process_time() - before < _REST_SHARE * _REST_WINDOW:
-            return
+            return True
+    return False
 
 
 class Worker:
@@ -76,7 +77,8 @@ class Worker:
     def __init__(self) -> None:
         self._contestant: Contestant | None = None
         self._runs: dict[int, Run] = {}
-        self._cpu_at_rest: float | None = None
+        # Processor time and the clock when a turn was over.
+        self._at_rest: tuple[float, float] | None = None
 
     def handle(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """Do what is asked and return the answer's fields."""
@@ -85,7 +87,7 @@ class Worker:
             return self._time(request)
         # Processor time between two turns is the contestant's idling only if nothing else was asked
         # meanwhile.
-        self._cpu_at_rest = None
+        self._at_rest = None
         if operation == "open":
             self._contestant = load_factory(request["factory"])(Setup(**request["setup"]))
             return {"versions": dict(self._contestant.versions), **_told_by(self._contestant)}
@@ -94,31 +96,32 @@ class Worker:
         if operation == "prepare":
             question = Question.load(Path(request["folder"]), Case.from_json(request["case"]))
             self._runs[request["index"]] = self._contestant.prepare(question)
-            come_to_rest()
-            return _told_by(self._contestant)
+            return {**_told_by(self._contestant), "rested": come_to_rest()}
         if operation == "peak":
             # Not every contestant knows one.
             peak = getattr(self._contestant, "peak", lambda: None)()
-            come_to_rest()
-            return {"operations_per_second": peak}
+            return {"operations_per_second": peak, "rested": come_to_rest()}
         if operation == "answer":
             answer: Answer = self._runs[request["index"]]()
-            come_to_rest()
+            rested = come_to_rest()
             names = protocol.save_arrays(Path(request["folder"]), answer, rows=request["rows"])
-            return {"arrays": names}
+            return {"arrays": names, "rested": rested}
         raise ValueError(f"unknown operation {operation!r}")
 
     def _time(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        idle = 0.0 if self._cpu_at_rest is None else time.process_time() - self._cpu_at_rest
+        idle = None
+        if self._at_rest is not None:
+            cpu, clock = self._at_rest
+            idle = {"cpu_seconds": time.process_time() - cpu, "seconds": time.monotonic() - clock}
         nanoseconds = time_runs(
             self._runs[request["index"]],
             warmup=request["warmup"],
             runs=request["runs"],
             seconds=request["seconds"],
         )
-        come_to_rest()
-        self._cpu_at_rest = time.process_time()
-        return {"nanoseconds": nanoseconds, "idle_cpu_seconds": idle}
+        rested = come_to_rest()
+        self._at_rest = time.process_time(), time.monotonic()
+        return {"nanoseconds": nanoseconds, "idle": idle, "rested": rested}
 
 
 def _told_by(contestant: Contestant) -> dict[str, Any]:

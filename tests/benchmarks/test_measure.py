@@ -226,7 +226,7 @@ def check_report(value: dict[str, object]) -> None:
         *("format", "format_version", "bertrt", "started", "duration_seconds"),
         *("machine", "engine", "settings", "contestants", "cases", "peak_operations_per_second"),
     }
-    assert (value["format"], value["format_version"]) == ("bertrt-bench", 1)
+    assert (value["format"], value["format_version"]) == ("bertrt-bench", 2)
     machine, settings = value["machine"], value["settings"]
     assert {"cpu", "usable_cpus", "instruction_sets", "memory_bytes", "os", "python", "load_average"} <= set(
         machine
@@ -247,7 +247,8 @@ def check_report(value: dict[str, object]) -> None:
     assert [contestant["name"] for contestant in value["contestants"]] == ["engine", "torch"]
     for contestant in value["contestants"]:
         assert contestant["threads"] == 1
-        assert isinstance(contestant["idle_cpu_seconds"], float)
+        assert {"idle_cpu_seconds", "idle_seconds"} <= set(contestant)
+        assert contestant["restless_turns"] >= 0
     for case in value["cases"]:
         assert set(case) == {
             *("task", "batch", "sequence", "mix", "tokens", "timings", "comparisons"),

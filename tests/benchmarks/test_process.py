@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from bertrt.errors import MeasurementError
+from bertrt_bench import protocol
 from bertrt_bench.cases import Case, SpecialIds, make_question
 from bertrt_bench.contestants import ContestantKind, Setup
 from bertrt_bench.patience import StepTimeout
-from bertrt_bench.process import ContestantProcess
+from bertrt_bench.process import ContestantProcess, Idle
 
 CASE = Case(task="features", batch=2, sequence=6)
 # Much longer than any step here takes; a test that meets it has failed.
@@ -53,9 +54,11 @@ def test_a_contestant_answers_and_is_timed(fakes, start, question: Path, alive) 
         process.prepare(0, CASE, question)
         answer = process.answer(0, CASE, rows=5)
         assert answer["hidden_states"].shape == (5, 256)
-        turn = process.time(0, CASE, warmup=2, runs=7, seconds=0.0)
-        assert len(turn.nanoseconds) == 7
-        assert min(turn.nanoseconds) > 0
+        times = process.time(0, CASE, warmup=2, runs=7, seconds=0.0)
+        assert len(times) == 7
+        assert min(times) > 0
+        # Nobody else has had a turn.
+        assert (process.idle, process.restless) == (None, 0)
         # One run for the answer, two to warm up, seven timed.
         assert sum(event.what.startswith("run") for event in fakes.events()) == 10
     assert not process.usable
@@ -65,8 +68,35 @@ def test_a_contestant_answers_and_is_timed(fakes, start, question: Path, alive) 
 def test_a_turn_by_time_ends(fakes, start, question: Path) -> None:
     with start(fakes.kind("a")) as process:
         process.prepare(0, CASE, question)
-        turn = process.time(0, CASE, warmup=0, runs=1, seconds=0.05)
-        assert sum(turn.nanoseconds) <= 0.05e9 + max(turn.nanoseconds)
+        times = process.time(0, CASE, warmup=0, runs=1, seconds=0.3)
+        # A run writes a line into a log.
+        assert len(times) > 1
+        assert sum(times) <= 0.3e9 + max(times)
+
+
+def test_idle_time_is_added_up_and_unrest_counted(
+    fakes, start, question: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports = iter(
+        [
+            {"idle": None, "rested": True},
+            {"idle": {"cpu_seconds": 0.25, "seconds": 2.0}, "rested": False},
+            {"idle": {"cpu_seconds": -1e-9, "seconds": 1.0}, "rested": False},
+        ]
+    )
+    with start(fakes.kind("a")) as process:
+        process.prepare(0, CASE, question)
+        decode = protocol.decode
+        monkeypatch.setattr(protocol, "decode", lambda line: {**decode(line), **next(reports)})
+        found = []
+        for _ in range(3):
+            process.time(0, CASE, warmup=0, runs=1, seconds=0.0)
+            found.append((process.idle, process.restless))
+    assert found == [
+        (None, 0),
+        (Idle(cpu_seconds=0.25, seconds=2.0), 1),
+        (Idle(cpu_seconds=0.25, seconds=3.0), 2),
+    ]
 
 
 def test_two_contestants_give_the_same_answer(fakes, start, question: Path) -> None:

@@ -24,7 +24,11 @@ def test_figures_are_those_of_numpy(rounds: list[list[int]]) -> None:
     times = np.concatenate([np.array(times) for times in rounds]) / 1e6
     assert figures.runs == len(times)
     for name, percentile in (("p50_ms", 50), ("p90_ms", 90), ("p99_ms", 99)):
-        assert getattr(figures, name) == pytest.approx(np.percentile(times, percentile))
+        # A percentile lies below one run at least.
+        if len(times) * (100 - percentile) >= 100 or percentile == 50:
+            assert getattr(figures, name) == pytest.approx(np.percentile(times, percentile))
+        else:
+            assert getattr(figures, name) is None
     assert figures.mean_ms == pytest.approx(np.mean(times))
     assert figures.min_ms == times.min()
     assert figures.max_ms == times.max()
@@ -37,13 +41,26 @@ def test_figures_are_those_of_numpy(rounds: list[list[int]]) -> None:
 
 
 def test_percentiles_are_interpolated() -> None:
-    # 1 to 5 ms: ranks 0 to 4, p90 at rank 3.6, p99 at rank 3.96.
+    # 1 to 100 ms: ranks 0 to 99, p90 at rank 89.1, p99 at rank 98.01.
+    figures = summarise([[ms * 1_000_000 for ms in range(100, 0, -1)]], CASE)
+    assert figures.p50_ms == pytest.approx(50.5)
+    assert figures.p90_ms == pytest.approx(90.1)
+    assert figures.p99_ms == pytest.approx(99.01)
+
+
+def test_rounds_are_one_sample_with_medians_of_their_own() -> None:
     figures = summarise([[3_000_000, 1_000_000], [5_000_000, 2_000_000, 4_000_000]], CASE)
     assert figures.p50_ms == pytest.approx(3.0)
-    assert figures.p90_ms == pytest.approx(4.6)
-    assert figures.p99_ms == pytest.approx(4.96)
     assert figures.std_ms == pytest.approx(np.sqrt(2.5))
     assert figures.round_p50_ms == (2.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("runs", "told"), [(9, (False, False)), (10, (True, False)), (99, (True, False)), (100, (True, True))]
+)
+def test_percentiles_that_too_few_runs_do_not_tell(runs: int, told: tuple[bool, bool]) -> None:
+    figures = summarise([[1_000_000] * runs], CASE)
+    assert (figures.p90_ms is not None, figures.p99_ms is not None) == told
 
 
 def test_throughput_counts_whole_batches() -> None:
@@ -54,7 +71,7 @@ def test_throughput_counts_whole_batches() -> None:
 
 def test_one_run_has_no_deviation() -> None:
     figures = summarise([[7_000_000]], CASE)
-    assert (figures.runs, figures.std_ms, figures.p99_ms) == (1, 0.0, 7.0)
+    assert (figures.runs, figures.p50_ms, figures.std_ms, figures.p99_ms) == (1, 7.0, None, None)
 
 
 @pytest.mark.parametrize("rounds", [[], [[]], [[1], []], [[1, 0]], [[-1]]])

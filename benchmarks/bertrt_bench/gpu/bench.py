@@ -181,6 +181,9 @@ class Bench:
             "rounds": rounds,
             "complete": complete,
             "left": left,
+            "restless": {
+                name: here.process.restless for name, here in self.present.items() if here.process.restless
+            },
             "gpu_before": before,
             "gpu_after": self._state(),
         }
@@ -274,7 +277,7 @@ class Bench:
                     del self.present[name]
                     here.process.abandon()
                 else:
-                    self.times.setdefault((index, name), {})[self._rounds] = turn.nanoseconds
+                    self.times.setdefault((index, name), {})[self._rounds] = turn
         return True
 
     def _engine_of(self, contender: Contender) -> Path | str:

@@ -102,7 +102,7 @@ def _latency(record: _Json) -> list[str]:
             rows.append(
                 (
                     name,
-                    *(number(timings[figure]) for figure in ("p50_ms", "p90_ms", "p99_ms")),
+                    *(_known(timings[figure]) for figure in ("p50_ms", "p90_ms", "p99_ms")),
                     number(timings["sequences_per_second"]),
                     f"{timings['tokens_per_second']:,.0f}",
                     f"{found['operations_per_second'] / 1e12:,.2f}",
@@ -115,7 +115,6 @@ def _latency(record: _Json) -> list[str]:
             )
         if not rows:
             continue
-        shape = f"a mix of {case['batch']}" if case["mix"] else f"{case['batch']}x{case['sequence']}"
         heading = (
             "",
             "p50 ms",
@@ -128,7 +127,7 @@ def _latency(record: _Json) -> list[str]:
             "runs in rounds",
             "error",
         )
-        lines += [f"## {case['task']}, {shape}", "", *table(heading, rows), ""]
+        lines += [f"## {_title(case)}", "", *table(heading, rows), ""]
     return lines
 
 
@@ -224,11 +223,17 @@ def _turns(record: _Json) -> list[str]:
         rows.append((step["name"], rounds, complete, _state(found["gpu_before"]), _state(found["gpu_after"])))
     if not rows:
         return []
+    restless = [
+        f"- {name}: its threads did not come to rest after {count} turns; the others' times are too long"
+        for name, count in _done(record, "turns")[-1]["found"]["restless"].items()
+    ]
     return [
         "## Turns",
         "",
         *table(("", "rounds", "complete", "GPU before", "GPU after"), rows, right=()),
         "",
+        *restless,
+        *([""] if restless else []),
     ]
 
 
@@ -241,7 +246,23 @@ def _rest(record: _Json) -> list[str]:
         lines += [
             f"- {step['name']}, {cell(case)} left out: {cell(reason)}" for case, reason in cases.items()
         ]
+    for case in record["cases"]:
+        # Prepared and answered, and then it left, or the time was used up.
+        lines += [
+            f"- {cell(name)}, {_title(case)}: no turn came to it"
+            for name, found in case["contestants"].items()
+            if found["timings"] is None
+        ]
     return ["## Not done", "", *lines, ""] if lines else []
+
+
+def _title(case: _Json) -> str:
+    shape = f"a mix of {case['batch']}" if case["mix"] else f"{case['batch']}x{case['sequence']}"
+    return f"{case['task']}, {shape}"
+
+
+def _known(value: float | None) -> str:
+    return _NONE if value is None else number(value)
 
 
 def _done(record: _Json, kind: str) -> list[_Json]:

@@ -66,12 +66,13 @@ def test_engines_and_drift(tmp_path: Path, fake_gpu: Gpu) -> None:
 
 
 def test_turns_that_someone_left(tmp_path: Path, fake_gpu: Gpu) -> None:
-    found = {"rounds": [3, 4], "complete": False, "left": {"a": "out of memory"}}
+    found = {"rounds": [3, 4], "complete": False, "left": {"a": "out of memory"}, "restless": {"b": 2}}
     kept = record(
         tmp_path, fake_gpu, taken("turns", "turns 2", {**found, "gpu_before": STATE, "gpu_after": None})
     )
     assert kept.failed == ["turns 2: a left: out of memory"]
     text = render(kept.to_json())
+    assert "- b: its threads did not come to rest after 2 turns; the others' times are too long" in text
     assert "| turns 2 | 3, 4 | no: its time was used up | 1500 MHz, 70 °C, 300 W | - |" in text
 
 
@@ -111,6 +112,20 @@ def test_variables_that_change_figures(
     value = record(tmp_path, fake_gpu).to_json()
     assert value["settings"]["environment"]["MALLOC_ARENA_MAX"] == "8"
     assert "MALLOC_ARENA_MAX=8" in "".join(lines_of(render(value), "- environment: `"))
+
+
+def test_figures_that_were_not_measured(tmp_path: Path, fake_gpu: Gpu) -> None:
+    timings = {"p50_ms": 2.0, "p90_ms": 3.0, "p99_ms": None, "runs": 12}
+    timings |= {"sequences_per_second": 500.0, "tokens_per_second": 64_000.0}
+    timed = {"agreement": {"reference": "a"}, "rounds": [1], "timings": timings, "faster": None}
+    prepared = {"agreement": {"reference": "a"}, "rounds": [], "timings": None, "faster": None}
+    shape = {"task": "features", "batch": 1, "sequence": 128, "mix": False, "tokens": 128}
+    contestants = {"a": {**timed, "operations_per_second": 2e12}, "b": prepared}
+    value = {**record(tmp_path, fake_gpu).to_json(), "cases": [{**shape, "contestants": contestants}]}
+    text = render(value)
+    assert "| a | 2.00 | 3.00 | - | 500 | 64,000 |" in text
+    assert "| b |" not in text
+    assert text.index("## Not done") < text.index("- b, features, 1x128: no turn came to it")
 
 
 @pytest.mark.parametrize("state", ["running", "interrupted"])
