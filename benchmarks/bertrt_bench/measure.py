@@ -21,6 +21,7 @@ from bertrt_bench.lengths import Lengths, read_lengths
 from bertrt_bench.options import BenchOptions, check_fits
 from bertrt_bench.report import CaseResult, Comparison, ContestantRecord, Report
 from bertrt_bench.timings import Speedup, Timings, speedup, summarise
+from bertrt_bench.turns import order_of_round
 from bertrt_bench.work import encoder_operations
 
 
@@ -34,8 +35,8 @@ def measure(
     """Run a benchmark.
 
     All contestants answer every case once and must agree before anything is timed. Then come rounds; in each
-    round every case is run by the engine, then by each rival, so that what changes on the machine meanwhile
-    meets all.
+    round every case is run by the engine and by each rival, so that what changes on the machine meanwhile
+    meets all; the order is another in each.
 
     Args:
         options: what to measure.
@@ -137,7 +138,7 @@ def take_turns(
         runs, seconds = options.runs_of_round(number)
         warmup = options.warmup if number == 0 else min(1, options.warmup)
         for case in cases:
-            for contestant in arena.contestants:
+            for contestant in order_of_round(arena.contestants, number):
                 turn = arena.turn(contestant, case, warmup=warmup, runs=runs, seconds=seconds)
                 times.setdefault((case, contestant.kind.name), []).append(turn)
                 on_step()

@@ -19,9 +19,14 @@ def signals_raise() -> Iterator[None]:
     def end(number: int, _frame: FrameType | None) -> NoReturn:
         raise SystemExit(ENDED_BY_SIGNAL + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # One that is ignored stays so: under nohup the run goes on when the terminal is gone.
+    replaced = [
+        number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in replaced:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)

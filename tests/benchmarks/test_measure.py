@@ -53,13 +53,21 @@ def test_contestants_take_turns(fakes, demo_engine, scratch: Path, alive) -> Non
         on_step=lambda: steps.append(None),
     )
     assert len(steps) == count_steps(options) == 2 * (1 + 2 * 3)
-    events = [event for event in fakes.events() if event.what.startswith("run")]
-    # Strictly one after the other: the clock is the same for all processes.
-    assert [event.at for event in events] == sorted(event.at for event in events)
-    order = [(name, len(list(group))) for name, group in itertools.groupby(event.name for event in events)]
+    # Strictly one after the other: the clock is the same for all processes, and each run ends before the next begins.
+    logged = sorted(
+        (event for event in fakes.events() if event.what.startswith(("run", "end"))),
+        key=lambda event: event.at,
+    )
+    events, ends = logged[::2], logged[1::2]
+    assert {event.what for event in ends} == {"end"}
+    assert [event.pid for event in events] == [event.pid for event in ends]
+    assert all(event.what.startswith("run") for event in events)
+    runs = itertools.groupby(events, key=lambda event: (event.name, event.what))
+    order = [(name, len(list(group))) for (name, _), group in runs]
     # All answer both cases once; then in each of two rounds, for both cases, each runs once to warm up and
-    # twice timed.
-    assert order == [("a", 1), ("b", 1), ("c", 1)] * 2 + [("a", 3), ("b", 3), ("c", 3)] * 4
+    # twice timed; the second round has another order.
+    rounds = [("a", 3), ("b", 3), ("c", 3)] * 2, [("c", 3), ("b", 3), ("a", 3)] * 2
+    assert order == [("a", 1), ("b", 1), ("c", 1)] * 2 + rounds[0] + rounds[1]
     shapes = [what.rpartition(":")[2] for what, _ in itertools.groupby(event.what for event in events[6:])]
     assert shapes == ["6", "9", "6", "9"]
     assert len(fakes.pids()) == 3

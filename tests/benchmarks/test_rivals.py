@@ -315,6 +315,28 @@ def test_the_engines_instruction_set_is_in_its_details(demo_engine) -> None:
 
 
 @pytest.mark.parametrize(
+    ("isa", "precision", "kind"),
+    [
+        ("amx", "int8", "int8"),
+        ("amx", "bf16", "float"),
+        # Its peak of floating point is that of bfloat16.
+        ("amx", "fp32", None),
+        ("avx512-bf16", "fp32", None),
+        ("avx512-vnni", "fp32", "float"),
+    ],
+)
+def test_a_share_is_taken_of_a_peak_in_the_same_precision(
+    monkeypatch: pytest.MonkeyPatch, isa: str, precision: str, kind: str | None
+) -> None:
+    peaks = {"int8": 4e12, "float": 2e12}
+    kernels = SimpleNamespace(peak=peaks.__getitem__)
+    monkeypatch.setattr("bertrt_bench.contestants.engine.load_kernels", lambda: kernels)
+    backend = SimpleNamespace(name="native", threads=1, pads=False, isa=isa)
+    folder = SimpleNamespace(manifest=SimpleNamespace(precision=precision))
+    assert EngineContestant(backend, folder, {}).peak() == (None if kind is None else peaks[kind])
+
+
+@pytest.mark.parametrize(
     ("variable", "detail"),
     [("PIN_THREADS", "threads bound to processors"), ("HUGE_PAGES", "weights in huge pages")],
 )

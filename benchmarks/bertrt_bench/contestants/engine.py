@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ from bertrt.tokenization import WordPieceTokenizer
 from bertrt_bench.cases import TOP_K, Question, Task
 from bertrt_bench.contestants.base import Answer, Run, Setup, check_threads
 from bertrt_bench.contestants.parts import Assembled, Part, cut
+
+# Those with products of bfloat16.
+_BF16_SETS: Final = frozenset({"amx", "avx512-bf16"})
 
 _Array = TypeVar("_Array", bound=npt.NDArray[Any])
 
@@ -56,8 +59,14 @@ class EngineContestant:
         return lambda: Assembled([(own, run(), None) for own, run in zip(rows, runs, strict=True)], size)
 
     def peak(self) -> float | None:
-        """Operations per second that one core reaches at best; ``None`` for a backend that is not our own."""
+        """Operations per second that one core reaches at best in the engine's precision.
+
+        ``None`` for a backend that is not our own, and in float32 where the kernels' peak of floating point is that of
+        bfloat16.
+        """
         if self._backend.name != NATIVE:
+            return None
+        if self._folder.manifest.precision == "fp32" and self.details.get("instruction_set") in _BF16_SETS:
             return None
         kind = "int8" if self._folder.manifest.precision == "int8" else "float"
         return float(load_kernels().peak(kind))

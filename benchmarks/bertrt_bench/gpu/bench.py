@@ -23,6 +23,7 @@ from bertrt_bench.gpu.options import GpuOptions
 from bertrt_bench.gpu.processes import run_job
 from bertrt_bench.gpu.subject import Subject
 from bertrt_bench.process import ContestantProcess
+from bertrt_bench.turns import order_of_round
 
 # Seconds more for a case, or a turn, that was begun within its step's time: what is cut off costs the contestant.
 _CASE_GRACE: Final = 60.0
@@ -263,7 +264,7 @@ class Bench:
         self._rounds += 1
         rounds.append(self._rounds)
         for index, case in enumerate(self._subject.cases):
-            for name, here in list(self.present.items()):
+            for name, here in order_of_round(list(self.present.items()), self._rounds):
                 if index not in here.cases:
                     continue
                 if share.left <= 0 or here.process.patience.seconds(0.0) < _LEAST_TURN + scale.turn_seconds:

@@ -51,6 +51,8 @@ class Fake:
 
         def run():
             self.log(f"run:{question.case.task}:{question.case.batch}:{question.case.sequence}")
+            time.sleep(1e-4)
+            self.log("end")
             return answer
 
         return run
