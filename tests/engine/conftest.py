@@ -276,6 +276,12 @@ def fake_plans(
     return make
 
 
+@pytest.fixture(scope="session")
+def exported(gpu_engine: Callable[[str], Path]) -> Callable[[str], EngineFolder]:
+    """A function that opens the demo engine for GPUs, without plans, in a precision; do not change the folder."""
+    return lambda precision: EngineFolder.open(gpu_engine(precision))
+
+
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after an installation with BERTRT_KERNELS=OFF."""

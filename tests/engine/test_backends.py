@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from fake_machine import make_batch
 
 from bertrt.backends.base import Backend, TokenBatch, Wanted
 from bertrt.backends.registry import create_backend
@@ -25,16 +26,6 @@ from bertrt_export.exporter import export_engine
 @pytest.fixture(scope="module")
 def backend(backend_name: str, demo_engine: Callable[..., Path]) -> Backend:
     return create_backend(backend_name, EngineFolder.open(demo_engine("fp32")), 2)
-
-
-def make_batch(lengths: list[int], seed: int = 0) -> TokenBatch:
-    generator = np.random.default_rng(seed)
-    tokens = sum(lengths)
-    return TokenBatch(
-        input_ids=generator.integers(5, 8000, tokens).astype(np.int32),
-        token_type_ids=generator.integers(0, 2, tokens).astype(np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-    )
 
 
 def sequence(batch: TokenBatch, index: int) -> TokenBatch:

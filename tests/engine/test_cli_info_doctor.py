@@ -258,10 +258,11 @@ def test_doctor_says_why_and_what_to_do(
 def test_info_tells_of_a_plan(
     gpu_engine: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = EngineFolder.open(shutil.copytree(gpu_engine("int8"), tmp_path / "engine"))
+    folder = EngineFolder.open(shutil.copytree(gpu_engine("int8"), tmp_path / "my engine"))
     assert main(["info", str(folder.path)]) == 0
     text = capsys.readouterr().out
-    assert f"not built; run: bertrt build {folder.path}" in text
+    # As a shell takes it.
+    assert f"not built; run: bertrt build '{folder.path}'" in text
     assert re.search(r"^ +method +max$", text, re.MULTILINE)
     products = [{"name": "a", "operands": "int8"}, {"name": "b", "operands": "int8"}]
     plan = Plan(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from fake_machine import make_batch
 
 from bertrt.backends.base import TokenBatch, Wanted
 from bertrt.backends.onnxruntime.sessions import session_options
@@ -28,16 +29,6 @@ from bertrt.errors import (
 from bertrt.folder import MANIFEST_NAME, EngineFolder, record_files
 from bertrt_export.checkpoints import open_checkpoint
 from bertrt_export.exporter import export_engine
-
-
-def make_batch(lengths: list[int], seed: int = 0) -> TokenBatch:
-    generator = np.random.default_rng(seed)
-    tokens = sum(lengths)
-    return TokenBatch(
-        input_ids=generator.integers(5, 8000, tokens).astype(np.int32),
-        token_type_ids=generator.integers(0, 2, tokens).astype(np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-    )
 
 
 def sequence(batch: TokenBatch, index: int) -> TokenBatch:
@@ -184,7 +175,7 @@ def test_a_graph_of_another_architecture(spoiled: Path, name: str, value: int) -
     manifest = json.loads((spoiled / MANIFEST_NAME).read_text(encoding="utf-8"))
     true = manifest["architecture"][name]
     resign(spoiled, architecture={**manifest["architecture"], name: value})
-    with pytest.raises(ShapeMismatchError, match=f"built for {name} {true}.*says {value}"):
+    with pytest.raises(ShapeMismatchError, match=f"'engine.onnx' was built for {name} {true}.*says {value}"):
         create_backend("onnxruntime", EngineFolder.open(spoiled))
 
 
@@ -196,7 +187,9 @@ def test_heads_that_are_not_the_graphs(
     everything = {"mlm": True, "nsp": True, "pooler": True}
     if head != "nsp":  # next sentence has no input of its own, so a graph that has it too does no harm
         resign(spoiled, heads={**everything, head: False})
-        with pytest.raises(ShapeMismatchError, match="the graph's inputs are"):
+        with pytest.raises(
+            ShapeMismatchError, match="the inputs of 'engine.onnx' are .*export the engine again"
+        ):
             create_backend("onnxruntime", EngineFolder.open(spoiled))
     plain = transformers.BertModel(small_bert().config, add_pooling_layer=False)
     out = tmp_path / "plain"
@@ -210,7 +203,7 @@ def test_heads_that_are_not_the_graphs(
 def test_a_graph_from_elsewhere(spoiled: Path) -> None:
     shutil.copy(spoiled / "model.onnx", spoiled / "engine.onnx")
     resign(spoiled)
-    with pytest.raises(ShapeMismatchError, match="'hidden_states' has width none"):
+    with pytest.raises(ShapeMismatchError, match="'hidden_states' of 'engine.onnx' has width none"):
         create_backend("onnxruntime", EngineFolder.open(spoiled))
 
 

@@ -18,7 +18,7 @@ from bertrt.manifest import Heads
 HEADS = Heads(mlm=True, nsp=True, pooler=True)
 
 
-def make_batch(lengths: Sequence[int]) -> TokenBatch:
+def numbered_batch(lengths: Sequence[int]) -> TokenBatch:
     """Token number i has the id i."""
     tokens = sum(lengths)
     return TokenBatch(
@@ -81,7 +81,7 @@ def make_backend(runner: Echo) -> PaddedBackend:
 )
 def test_every_row_comes_back_to_its_place(limits: BlockLimits, extra: tuple[int, int]) -> None:
     lengths = [5, 1, 40, 7, 7, 30, 2, 1, 1, 19, 33]
-    batch = make_batch(lengths)
+    batch = numbered_batch(lengths)
     positions = np.array([0, batch.num_tokens - 1, 6, 6, 50, 3], np.int64)
     runner = Echo(limits, extra)
     output = make_backend(runner).run(
@@ -112,7 +112,7 @@ def test_workers_run_at_once() -> None:
     runner = Echo(BlockLimits(small=8, workers=2))
     # Neither goes on before the other has come.
     runner.meet = threading.Barrier(2)
-    batch = make_batch([20] * 8)
+    batch = numbered_batch([20] * 8)
     output = make_backend(runner).run(batch, Wanted(hidden_states=True))
     assert output.hidden_states is not None
     np.testing.assert_array_equal(output.hidden_states[:, 0], np.arange(160))
@@ -129,7 +129,7 @@ def test_an_error_of_a_worker_is_the_call_s() -> None:
 
     backend = make_backend(Broken(BlockLimits(small=8, workers=2)))
     with pytest.raises(BackendRunError, match="^no$"):
-        backend.run(make_batch([20] * 8), Wanted(hidden_states=True))
+        backend.run(numbered_batch([20] * 8), Wanted(hidden_states=True))
 
 
 def test_closing() -> None:
@@ -139,4 +139,4 @@ def test_closing() -> None:
     backend.close()
     assert runner.closed
     with pytest.raises(EngineClosedError, match="the engine is closed; load it again"):
-        backend.run(make_batch([3]), Wanted(hidden_states=True))
+        backend.run(numbered_batch([3]), Wanted(hidden_states=True))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,3 +137,12 @@ def test_the_wrong_library_is_refused_by_the_plan(
 def test_an_engine_without_a_plan_is_not_concerned(gpu: Any, gpu_engine: Callable[[str], Any]) -> None:
     spoil("tensorrt")
     assert choose_backend(None, EngineFolder.open(gpu_engine("fp32")), ANYWHERE) == "onnxruntime"
+
+
+def test_the_command_that_builds_a_plan_can_be_pasted(
+    gpu: Any, gpu_engine: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = EngineFolder.open(shutil.copytree(gpu_engine("fp32"), tmp_path / "my engine"))
+    with pytest.raises(BackendUnavailableError) as caught:
+        choose_backend("tensorrt", folder, ANYWHERE)
+    assert f"build it with: bertrt build '{folder.path}')" in str(caught.value)

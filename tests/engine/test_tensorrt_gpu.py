@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from fake_machine import make_batch
 
 from bertrt.backends import cuda
 from bertrt.backends.base import BatchOutput, TokenBatch, Wanted
@@ -58,16 +59,6 @@ def backend(folder: EngineFolder) -> Iterator[TensorRTBackend]:
     made = TensorRTBackend(folder)
     yield made
     made.close()
-
-
-def make_batch(lengths: list[int], seed: int = 0) -> TokenBatch:
-    generator = np.random.default_rng(seed)
-    tokens = sum(lengths)
-    return TokenBatch(
-        input_ids=generator.integers(5, 8000, tokens).astype(np.int32),
-        token_type_ids=generator.integers(0, 2, tokens).astype(np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-    )
 
 
 def everything(batch: TokenBatch, *, top_k: int = 7, candidates: int = 3) -> Wanted:

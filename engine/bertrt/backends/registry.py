@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -123,7 +124,7 @@ def choose_backend(name: str | None, folder: EngineFolder, placement: Placement)
             reasons.append(f"{candidate}: of the files that it needs the engine folder has {held}")
             able.append(candidate)
         elif _lacks_plan(candidate, folder):
-            build = f"bertrt build {folder.path}"
+            build = f"bertrt build {shlex.quote(str(folder.path))}"
             reasons.append(f"{candidate}: the plan has not been built yet; build it with: {build}")
         else:
             return candidate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -106,7 +107,7 @@ def _summary(folder: EngineFolder, parameters: int, *, verified: bool) -> Iterat
         yield "plan"
         yield table(_plan(manifest.plan))
     elif manifest.target == "tensorrt":
-        yield f"plan\n  not built; run: bertrt build {folder.path}"
+        yield f"plan\n  not built; run: bertrt build {shlex.quote(str(folder.path))}"
     yield "files"
     records = [
         (human_bytes(record.size), name, record.sha256[:_SHOWN_OF_HASH])

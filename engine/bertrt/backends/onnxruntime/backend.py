@@ -7,6 +7,7 @@ in parts (see `bertrt.backends.parts`).
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,7 +96,7 @@ def _on_gpus(folder: EngineFolder, provider: Provider, devices: Sequence[int], t
     for device in devices:
         cuda.device_properties(device)
     profiles = profiles_of(manifest.architecture)
-    buckets = Buckets(profiles, rebuild=f"bertrt build {folder.path}")
+    buckets = Buckets(profiles, rebuild=f"bertrt build {shlex.quote(str(folder.path))}")
     places = gpu_places(folder, provider, devices, threads, profiles)
     executor = DeviceSessionParts(places, buckets, manifest.architecture, manifest.heads)
     return BucketRunner(executor, manifest.architecture, buckets)

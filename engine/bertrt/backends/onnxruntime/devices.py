@@ -20,7 +20,7 @@ from bertrt.backends.base import Float32, Int32, Int64
 from bertrt.backends.buckets import Buckets, pad_rows, row_bucket
 from bertrt.backends.onnxruntime.bindings import BoundPart, SessionPlace
 from bertrt.backends.onnxruntime.captures import GATE
-from bertrt.backends.onnxruntime.sessions import device_failure, first_line
+from bertrt.backends.onnxruntime.sessions import GPU_REMEDY, device_failure, first_line
 from bertrt.backends.padded import BlockLimits
 from bertrt.backends.parts import CANDIDATES, ENCODER, MLM, POOLER, Array, part_outputs, parts_of
 from bertrt.errors import BackendRunError, BertRTError, DeviceLostError, EngineClosedError
@@ -243,4 +243,4 @@ class _Worker:
             if isinstance(failure, DeviceLostError):
                 # Never freed: where the GPU is lost, ONNX Runtime cannot free a CUDA graph, and ends the process.
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
-            raise failure or BackendRunError(f"{doing}: {first_line(error)}") from error
+            raise failure or BackendRunError(f"{doing}: {first_line(error)}; {GPU_REMEDY}") from error

@@ -11,10 +11,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import importlib.util
 import io
-import json
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -25,10 +24,10 @@ import onnxruntime
 from bertrt.architecture import BertArchitecture
 from bertrt.backends.onnxruntime.bindings import SessionPlace
 from bertrt.backends.onnxruntime.devices import MLM_ROWS
+from bertrt.backends.onnxruntime.engine_cache import engine_cache, open_cached
 from bertrt.backends.onnxruntime.sessions import CPU_PROVIDER, NAME, Providers, load_graph
 from bertrt.backends.parts import CANDIDATES, ENCODER, part_inputs
-from bertrt.builtin import cache_folder
-from bertrt.errors import BackendUnavailableError, ExportError, InputError
+from bertrt.errors import BackendUnavailableError, InputError
 from bertrt.folder import EngineFolder
 from bertrt.plans import Profile, Shape
 
@@ -36,6 +35,13 @@ CUDA: Final = "CUDAExecutionProvider"
 TENSORRT: Final = "TensorrtExecutionProvider"
 _PROVIDERS: Final[Mapping[str, str]] = {"cuda": CUDA, "tensorrt": TENSORRT}
 _INSTALL: Final = 'pip install "bertrt[cuda]"'
+# Attention is read by TensorRT's parser from 10.14 on.
+_INSTALL_TENSORRT: Final = 'pip install "tensorrt-cu13-libs>=10.14,<11"'
+# Where a provider is there, and is given nothing to do.
+_REMEDY: Final[Mapping[str, str]] = {
+    CUDA: f"update onnxruntime-gpu: {_INSTALL}",
+    TENSORRT: f"its parser knows the graphs from TensorRT 10.14 on: {_INSTALL_TENSORRT}; or take the provider cuda",
+}
 # What the TensorRT provider is linked with, the first two from a package of TensorRT.
 _TENSORRT_LIBRARIES: Final = ("libnvinfer.so.10", "libnvonnxparser.so.10", "libcudnn.so.9")
 _TENSORRT_PACKAGE: Final = "tensorrt_libs"
@@ -70,11 +76,15 @@ def provider_problem(provider: str) -> str | None:
     return cuda.problem() or _library_problem(provider)
 
 
-def check_providers(session: onnxruntime.InferenceSession, providers: Providers) -> None:
+def check_providers(session: onnxruntime.InferenceSession, providers: Providers, part: str) -> list[str]:
     """See to it that a session, loaded to record what runs where, runs on its first provider.
 
+    Returns:
+        The operators of which some are left to a second one.
+
     Raises:
-        BackendUnavailableError: ONNX Runtime has left the provider out, or has nodes computed by the CPU.
+        BackendUnavailableError: ONNX Runtime has left the provider out, gives it nothing to do, or has nodes computed
+            by the CPU.
     """
     asked, found = providers[0][0], session.get_providers()
     if found[0] != asked:
@@ -82,18 +92,22 @@ def check_providers(session: onnxruntime.InferenceSession, providers: Providers)
             f"onnxruntime {onnxruntime.__version__} was asked for its provider {asked} and took {found[0]}; it has "
             f"printed why. Most often a library of CUDA, cuDNN or TensorRT is missing: {_INSTALL}"
         )
-    on_cpu = {
-        node.op_type
-        for graph in session.get_provider_graph_assignment_info()
-        if graph.ep_name == CPU_PROVIDER
-        for node in graph.get_nodes()
-    }
-    if computed := sorted(on_cpu - _SHAPE_OPERATORS):
+    operators: dict[str, set[str]] = {}
+    for graph in session.get_provider_graph_assignment_info():
+        operators.setdefault(graph.ep_name, set()).update(node.op_type for node in graph.get_nodes())
+    if computed := sorted(operators.pop(CPU_PROVIDER, set()) - _SHAPE_OPERATORS):
         raise BackendUnavailableError(
             f"onnxruntime {onnxruntime.__version__} would compute on the CPU what its provider {asked} has no kernels "
             f"for: {', '.join(computed)}; update onnxruntime-gpu, export the engine in another precision, or take the "
             "backend tensorrt"
         )
+    if not operators.pop(asked, set()):
+        others = ", ".join(operators) or "no other either"
+        raise BackendUnavailableError(
+            f"onnxruntime {onnxruntime.__version__} gave its provider {asked} no node of the {part} ({others} would "
+            f"run it); {_REMEDY[asked]}"
+        )
+    return sorted(set().union(*operators.values()))
 
 
 def profiles_of(architecture: BertArchitecture) -> tuple[Profile, ...]:
@@ -113,6 +127,8 @@ def gpu_places(
 ) -> list[SessionPlace]:
     """A place on each GPU for the sessions of an engine in parts.
 
+    What TensorRT leaves to CUDA is said in a warning, once for each part.
+
     Args:
         folder: the engine.
         provider: ``cuda`` or ``tensorrt``.
@@ -121,19 +137,38 @@ def gpu_places(
         profiles: between which shapes blocks are run.
 
     Raises:
-        BackendUnavailableError: there is no folder to keep TensorRT's engines in.
+        BackendUnavailableError: there is no folder to keep TensorRT's engines in; from a place's ``open`` also what
+            `check_providers` raises.
     """
+    # Workers load side by side, each all parts.
+    said: set[str] = set()
+
+    def load(part: str, providers: Providers) -> onnxruntime.InferenceSession:
+        session = load_graph(folder, part, threads, providers)
+        left = check_providers(session, providers, part)
+        if left and part not in said:
+            said.add(part)
+            warnings.warn(
+                f"onnxruntime's provider {provider} leaves operators of the {part} to CUDA, which is slower: "
+                f"{', '.join(left)}; the backend tensorrt takes all of them",
+                RuntimeWarning,
+                stacklevel=1,
+            )
+        return session
 
     def place(device: int) -> SessionPlace:
         def open_part(part: str) -> onnxruntime.InferenceSession:
-            providers: list[tuple[str, Mapping[str, str]]] = [(CUDA, _cuda_options(device))]
-            if provider == "tensorrt":
+            options = _cuda_options(device)
+            if provider == "cuda":
+                return load(part, [(CUDA, options)])
+            shapes = _shape_ranges(part, folder.manifest.architecture, profiles)
+
+            def load_from(cache: Path) -> onnxruntime.InferenceSession:
                 # What TensorRT does not take is CUDA's.
-                options = _tensorrt_options(folder, part, device, profiles)
-                providers = [(TENSORRT, options), (CUDA, {**providers[0][1], "enable_cuda_graph": "0"})]
-            session = load_graph(folder, part, threads, providers)
-            check_providers(session, providers)
-            return session
+                second = CUDA, {**options, "enable_cuda_graph": "0"}
+                return load(part, [(TENSORRT, _tensorrt_options(device, cache, shapes)), second])
+
+            return open_cached(engine_cache(folder, part, shapes), load_from)
 
         # The TensorRT provider of 1.31 knows no gpu_graph_id: it would replay the graph of one shape for all.
         return SessionPlace(open=open_part, device_type="cuda", device_id=device, graphs=provider == "cuda")
@@ -152,15 +187,12 @@ def _cuda_options(device: int) -> dict[str, str]:
     }
 
 
-def _tensorrt_options(
-    folder: EngineFolder, part: str, device: int, profiles: Sequence[Profile]
-) -> dict[str, str]:
+def _tensorrt_options(device: int, cache: Path, shapes: Sequence[str]) -> dict[str, str]:
     # Neither trt_fp16_enable nor the like: without them the network is strongly typed, as the graphs are.
-    shapes = _shape_ranges(part, folder.manifest.architecture, profiles)
     return {
         "device_id": str(device),
         "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(_engine_cache(folder, part, shapes)),
+        "trt_engine_cache_path": str(cache),
         "trt_profile_min_shapes": shapes[0],
         "trt_profile_opt_shapes": shapes[1],
         "trt_profile_max_shapes": shapes[2],
@@ -195,29 +227,6 @@ def _input_shapes(
     return {name: shapes[name] for name in part_inputs(part)}
 
 
-def _engine_cache(folder: EngineFolder, part: str, shapes: Sequence[str]) -> Path:
-    """Where TensorRT's engines of a part are kept: in the user's cache folder, never in the engine folder.
-
-    The provider names them by the graph without its weights, so that those of two models would be one file: the
-    folder's name holds the hashes of both.
-
-    Raises:
-        BackendUnavailableError: there is no such folder and none can be made.
-    """
-    roles, files = folder.manifest.backends[NAME], folder.manifest.files
-    key = [onnxruntime.__version__, *(files[roles[role]].sha256 for role in (part, "weights")), *shapes]
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    try:
-        path = cache_folder() / "onnxruntime-tensorrt" / name
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, ExportError) as error:
-        raise BackendUnavailableError(
-            f"the engines that TensorRT builds have no folder to be kept in ({error}); set BERTRT_CACHE to a folder "
-            "that can be written"
-        ) from error
-    return path
-
-
 def _package_problem(name: str) -> str:
     installed = [package for package in ("onnxruntime", "onnxruntime-gpu") if _is_installed(package)]
     has = f"onnxruntime {onnxruntime.__version__} has no {name}"
@@ -249,21 +258,25 @@ def _library_problem(provider: str) -> str | None:
         return None
     install = _INSTALL
     if any(name in line for line in missing for name in _TENSORRT_LIBRARIES[:2]):
-        install = (
-            'install TensorRT 10, which onnxruntime is built for: pip install "tensorrt-cu13-libs==10.*"'
-        )
+        install = f"install TensorRT 10, which onnxruntime is built for: {_INSTALL_TENSORRT}"
     return f"onnxruntime's provider {provider} lacks libraries ({'; '.join(missing)}); {install}"
 
 
 @functools.cache
 def _preload() -> tuple[str, ...]:
-    """Load CUDA and cuDNN from Python packages, once; what the library says of those that do not load."""
+    """Load CUDA and cuDNN from Python packages or from where the system finds them, once; what loads from neither.
+
+    Not looked for is what the library passes over in silence: cuDNN, cuFFT and NVRTC. Where one of them is missing the
+    provider is left out, which `check_providers` finds.
+    """
     # It prints; the answers of a command go the same way.
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         onnxruntime.preload_dlls()
     said = (line.strip().partition("Failed to load ") for line in printed.getvalue().splitlines())
-    # Of "Failed to load NAME: REASON" the reason begins with the name again.
-    return tuple(rest.partition(": ")[2] for before, _, rest in said if rest and not before)
+    failed = (rest.partition(": ") for before, _, rest in said if rest and not before)
+    # A path is the first attempt, in Python's packages; what fails there may load by its plain name, the second. Of
+    # "Failed to load NAME: REASON" the reason begins with the name again.
+    return tuple(reason for name, _, reason in failed if "/" not in name)
 
 
 def _load_tensorrt() -> list[str]:

@@ -27,6 +27,11 @@ NAME: Final = "onnxruntime"
 # Under this key of its metadata a graph says, in JSON, which architecture it was built for.
 ARCHITECTURE_KEY: Final = "bertrt.architecture"
 CPU_PROVIDER: Final = "CPUExecutionProvider"
+# A graph that was checked when it was exported is seldom to blame for what fails on a GPU.
+GPU_REMEDY: Final = (
+    "see whether the driver ('nvidia-smi') and the libraries ('bertrt doctor') are those that onnxruntime wants, or "
+    "take the provider cpu"
+)
 _WEIGHTS: Final = "weights"
 # How ONNX Runtime, cuBLAS, cuDNN and TensorRT say that a GPU has not enough memory ...
 _NO_MEMORY: Final = re.compile(
@@ -86,9 +91,8 @@ def load_graph(
         doing = f"onnxruntime {onnxruntime.__version__} cannot load {path.name!r} of {str(folder.path)!r}"
         if providers and (failure := device_failure(error, doing)):
             raise failure from error
-        raise BackendRunError(
-            f"{doing}: {first_line(error)}; export the engine again, or update onnxruntime"
-        ) from error
+        remedy = GPU_REMEDY if providers else "export the engine again, or update onnxruntime"
+        raise BackendRunError(f"{doing}: {first_line(error)}; {remedy}") from error
     check_interface(session, folder.manifest, role)
     return session
 
@@ -118,7 +122,8 @@ def run_session(
         return dict(zip(names, session.run(list(names), dict(feeds)), strict=True))
     except Exception as error:  # as above
         raise BackendRunError(
-            f"onnxruntime failed on {shape[0]} sequences of up to {shape[1]} tokens: {first_line(error)}"
+            f"onnxruntime {onnxruntime.__version__} failed on {shape[0]} sequences of up to {shape[1]} tokens: "
+            f"{first_line(error)}; ask for less at once (token_budget), or update onnxruntime"
         ) from error
 
 
@@ -155,7 +160,8 @@ def session_options(manifest: Manifest, threads: int) -> onnxruntime.SessionOpti
     options.log_severity_level = 4
     # A pattern is kept for each shape ever seen, and we see many.
     options.enable_mem_pattern = False
-    if manifest.precision == "int8":
+    # Of target cpu only: with the option the library spoils the scales of the other graphs when it fuses.
+    if manifest.precision == "int8" and manifest.target == "cpu":
         # Without VNNI the kernels for u8 x s8 add pairs of products in 16 bits and saturate. With this, ONNX
         # Runtime takes the exact ones for u8 x u8 on such a processor, and changes nothing on others.
         options.add_session_config_entry("session.x64quantprecision", "1")
@@ -168,6 +174,8 @@ def check_interface(session: onnxruntime.InferenceSession, manifest: Manifest, r
     Raises:
         ShapeMismatchError: they differ.
     """
+    file = repr(manifest.backends[NAME].get(role, role))
+    again = "the file is not the one of this engine.json: export the engine again"
     try:
         built_for = json.loads(session.get_modelmeta().custom_metadata_map.get(ARCHITECTURE_KEY, "{}"))
     except ValueError:
@@ -175,21 +183,21 @@ def check_interface(session: onnxruntime.InferenceSession, manifest: Manifest, r
     for name, value in manifest.architecture.to_json().items():
         if built_for.get(name) != value:
             raise ShapeMismatchError(
-                f"the graph was built for {name} {built_for.get(name, 'unknown')}, the manifest's architecture "
-                f"says {value}; export the engine again"
+                f"{file} was built for {name} {built_for.get(name, 'unknown')}, the manifest's architecture says "
+                f"{value}; {again}"
             )
     inputs, outputs = _interface(manifest, role)
     found = {output.name: output.shape[-1] for output in session.get_outputs() if output.shape}
     for name, width in outputs.items():
         if found.get(name) != width:
             raise ShapeMismatchError(
-                f"the graph's output {name!r} has width {found.get(name, 'none: it is absent')}, the manifest's "
-                f"architecture says {width}; export the engine again"
+                f"the output {name!r} of {file} has width {found.get(name, 'none: it is absent')}, the manifest's "
+                f"architecture says {width}; {again}"
             )
     if (given := {value.name for value in session.get_inputs()}) != inputs:
         raise ShapeMismatchError(
-            f"the graph's inputs are {', '.join(sorted(given))}; the manifest's heads imply "
-            f"{', '.join(sorted(inputs))}; export the engine again"
+            f"the inputs of {file} are {', '.join(sorted(given))}; the manifest's heads imply "
+            f"{', '.join(sorted(inputs))}; {again}"
         )
 
 
