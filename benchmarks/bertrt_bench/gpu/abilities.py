@@ -19,7 +19,7 @@ class Abilities:
     """Says whether a step can be taken.
 
     Args:
-        libraries: what `bertrt_bench.gpu.jobs.probe` found.
+        libraries: what was found of each, see `bertrt_bench.gpu.jobs.probe`.
         gpu: ``None`` in a rehearsal.
     """
 

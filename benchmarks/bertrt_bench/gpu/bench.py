@@ -58,7 +58,7 @@ class Bench:
     Args:
         options: of the run.
         subject: what is measured.
-        libraries: what `bertrt_bench.gpu.jobs.probe` found.
+        libraries: what was found of each, see `bertrt_bench.gpu.jobs.probe`.
         gpu: ``None`` in a rehearsal.
         scratch: a folder for engines and for what processes write.
     """

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from bertrt_bench.gpu.options import DEFAULT_MINUTES
+
 # With less than this (in seconds) no step begins: a process alone takes some seconds to start.
 LEAST: Final = 5.0
 
@@ -44,10 +46,11 @@ class Clock:
             most: seconds that the step may take.
             kept: seconds that must be left after it.
         """
-        granted = min(most, self.left - kept)
+        left = self.left - kept
+        granted = min(most, left)
         if granted < LEAST:
             return None
-        return Share(clock=self, end=self.spent + granted, limit=self.seconds - kept)
+        return Share(clock=self, end=self.spent + granted, limit=self.seconds - kept, own=most < left)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +61,13 @@ class Share:
         clock: of the run.
         end: in seconds since the run's start.
         limit: where no grace goes beyond.
+        own: whether it is the step's own limit that ends it, and not the run's end.
     """
 
     clock: Clock
     end: float
     limit: float
+    own: bool = False
 
     @property
     def left(self) -> float:
@@ -76,7 +81,12 @@ class Share:
     @property
     def advice(self) -> str:
         """What to do when it is used up."""
-        return "the time of its step is used up; raise --minutes, or name fewer steps with --only"
+        if self.own:
+            return (
+                "its step may take no longer; give --minutes more than before, and more than "
+                f"{DEFAULT_MINUTES:g}, with which that grows"
+            )
+        return "the time of the run is used up; raise --minutes, or name fewer steps with --only"
 
     def with_grace(self, seconds: float) -> Share:
         """The same, with some seconds more to finish what was begun in time."""

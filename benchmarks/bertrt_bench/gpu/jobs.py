@@ -34,37 +34,47 @@ _PROVIDERS: Final = {ORT_CUDA: "cuda", ORT_TENSORRT: "tensorrt"}
 
 
 def probe(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Look for the libraries that contestants need.
+    """Look for one library that contestants need.
 
     Args:
-        request: ``device``, ``cuda`` or ``cpu``.
+        request: ``library`` (see `libraries_of`), and ``device``, ``cuda`` or ``cpu``.
 
     Returns:
-        ``libraries``: by name, ``version`` and ``problem`` (``None``: it can be used here); ``versions`` of others;
-        ``torch``: what PyTorch was built with.
+        ``version`` and ``problem`` (``None``: it can be used here); of PyTorch also ``built``, with what it was built.
     """
-    on_gpu = request["device"] == "cuda"
-    libraries: dict[str, dict[str, str | None]] = {
-        ONNX: _imported("onnx", 'pip install "bertrt[export]"'),
-        ONNXRUNTIME: _imported("onnxruntime", 'pip install "bertrt[ort]"'),
-        TORCH: _imported("torch", 'pip install "bertrt[torch]"'),
-    }
-    built: dict[str, str | None] = {}
-    if libraries[TORCH]["problem"] is None:
-        torch: Any = importlib.import_module("torch")
-        built = {"cuda": torch.version.cuda, "cudnn": None}
-        if on_gpu:
-            cudnn = torch.backends.cudnn.version()
-            built["cudnn"] = None if cudnn is None else str(cudnn)
-            if not torch.cuda.is_available():
-                libraries[TORCH]["problem"] = (
-                    f"torch {torch.__version__} sees no GPU; install its build for the CUDA of this driver"
-                )
-    if on_gpu:
-        libraries[TRITON] = _imported("triton", "PyTorch's builds for CUDA bring it")
-        libraries |= _gpu_providers(libraries[ONNXRUNTIME])
-        libraries[TENSORRT] = _tensorrt()
-    return {"libraries": libraries, "torch": built, "versions": _versions()}
+    library = request["library"]
+    if library == ONNX:
+        return _imported("onnx", 'pip install "bertrt[export]"')
+    if library == TRITON:
+        return _imported("triton", "PyTorch's builds for CUDA bring it")
+    if library == TENSORRT:
+        return _tensorrt()
+    if library == TORCH:
+        return _torch(on_gpu=request["device"] == "cuda")
+    found = _imported("onnxruntime", 'pip install "bertrt[ort]"')
+    if library != ONNXRUNTIME and found["problem"] is None:
+        # It imports ONNX Runtime.
+        from bertrt.backends.onnxruntime.providers import provider_problem
+
+        found["problem"] = provider_problem(_PROVIDERS[library])
+    return found
+
+
+def libraries_of(device: str) -> tuple[str, ...]:
+    """The libraries that contestants on a device need, ``cuda`` or ``cpu``."""
+    everywhere = (ONNX, ONNXRUNTIME, TORCH)
+    return (*everywhere, TRITON, *_PROVIDERS, TENSORRT) if device == "cuda" else everywhere
+
+
+def versions() -> dict[str, str]:
+    """Versions of what is installed, by its metadata: nothing is imported."""
+    found = {}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def export(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,16 +205,19 @@ def _imported(module: str, advice: str) -> dict[str, str | None]:
     return {"version": str(getattr(loaded, "__version__", "unknown")), "problem": None}
 
 
-def _gpu_providers(package: Mapping[str, str | None]) -> dict[str, dict[str, str | None]]:
-    found: dict[str, dict[str, str | None]] = {}
-    for name, provider in _PROVIDERS.items():
-        problem = package["problem"]
-        if problem is None:
-            # It imports ONNX Runtime.
-            from bertrt.backends.onnxruntime.providers import provider_problem
-
-            problem = provider_problem(provider)
-        found[name] = {"version": package["version"], "problem": problem}
+def _torch(*, on_gpu: bool) -> dict[str, Any]:
+    found: dict[str, Any] = _imported("torch", 'pip install "bertrt[torch]"')
+    if found["problem"] is not None:
+        return found
+    torch: Any = importlib.import_module("torch")
+    found["built"] = {"cuda": torch.version.cuda, "cudnn": None}
+    if on_gpu:
+        cudnn = torch.backends.cudnn.version()
+        found["built"]["cudnn"] = None if cudnn is None else str(cudnn)
+        if not torch.cuda.is_available():
+            found["problem"] = (
+                f"torch {torch.__version__} sees no GPU; install its build for the CUDA of this driver"
+            )
     return found
 
 
@@ -217,16 +230,6 @@ def _tensorrt() -> dict[str, str | None]:
         problem = f"the backends cannot be looked for ({_first_line(error)}); see what bertrt doctor says"
         return {"version": None, "problem": problem}
     return {"version": status.version, "problem": None if status.available else status.reason}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from typing import Final, Literal
 
 from bertrt.manifest import Precision
 from bertrt_bench.contestants import ContestantKind
+from bertrt_bench.gpu.options import DEFAULT_MINUTES
 
 _RIVALS: Final = "bertrt_bench.gpu.rivals"
 _ENGINE: Final = "bertrt_bench.gpu.engines:open_engine"
@@ -69,7 +70,7 @@ class Step:
         kind: export an engine and build its plan; start a contestant, let it prepare the cases and check its answers;
             check an engine's drift; time all contestants that are there in turns.
         name: in the record.
-        seconds: that it may take at most.
+        seconds: that it may take at most; in a lineup, of a run of the default minutes.
         precision: of ``engine`` and ``drift``.
         contender: of ``contestant``.
     """
@@ -211,6 +212,15 @@ def chosen(steps: Sequence[Step], words: Sequence[str]) -> list[Step]:
         for step in steps
         if not words or step.kind == "turns" or any(word in step.name for word in words)
     ]
+
+
+def scaled(steps: Sequence[Step], minutes: float) -> list[Step]:
+    """The steps, with limits that grow with the minutes of the run beyond its default.
+
+    With fewer minutes they do not shrink: a step that is cut off has measured nothing.
+    """
+    factor = max(1.0, minutes / DEFAULT_MINUTES)
+    return [replace(step, seconds=step.seconds * factor) for step in steps]
 
 
 def _enter(contender: Contender, *, seconds: float = 60) -> Step:

@@ -84,7 +84,7 @@ class Record:
         state: ``running`` until the end.
         duration_seconds: so far.
         subject: what is measured, once it is known.
-        probed: what `bertrt_bench.gpu.jobs.probe` found, once it is known.
+        probed: the libraries that were found, once it is known.
         bench: where times and agreements are, once there are some.
         steps: so far.
         environment: the variables that change figures, see `bertrt_bench.environment.recorded_environment`.

@@ -10,17 +10,18 @@ from typing import Any, Final
 
 from bertrt import machine
 from bertrt.cli.console import note
-from bertrt.errors import BackendUnavailableError, BertRTError, InputError
+from bertrt.errors import BackendUnavailableError, BertRTError, InputError, MeasurementError
 from bertrt_bench.gpu.bench import Bench
 from bertrt_bench.gpu.clock import Clock
 from bertrt_bench.gpu.device import Gpu
-from bertrt_bench.gpu.lineup import Step, chosen, gpu_steps, rehearsal_steps
+from bertrt_bench.gpu.jobs import libraries_of, versions
+from bertrt_bench.gpu.lineup import TORCH, Step, chosen, gpu_steps, rehearsal_steps, scaled
 from bertrt_bench.gpu.options import GpuOptions
 from bertrt_bench.gpu.processes import run_job
 from bertrt_bench.gpu.record import Record, StepRecord
 from bertrt_bench.gpu.subject import open_subject
 
-# The libraries are looked for in a process of its own, which imports them all.
+# Each library is looked for in a process of its own, which imports it: one that crashes or hangs is its own problem.
 _PROBE_SECONDS: Final = 60.0
 
 
@@ -48,11 +49,11 @@ def run(
     Raises:
         InputError: a record lies in the folder, an option does not suit, or no step is left.
         CheckpointError: the checkpoint cannot be opened.
-        MeasurementError: the libraries cannot be looked for.
     """
     clock = clock or Clock(seconds=options.minutes * 60)
     if steps is None:
-        steps = chosen(rehearsal_steps() if options.rehearsal else gpu_steps(), options.only)
+        lineup = rehearsal_steps() if options.rehearsal else gpu_steps()
+        steps = chosen(scaled(lineup, options.minutes), options.only)
         if not any(step.kind != "turns" for step in steps):
             raise InputError(
                 f"no step's name holds {' or '.join(options.only)}; leave --only out to see them all"
@@ -116,9 +117,32 @@ def _take(step: Step, bench: Bench, clock: Clock, kept: float) -> StepRecord:
 
 
 def _probe(options: GpuOptions, clock: Clock, scratch: Path) -> dict[str, Any]:
-    share = clock.share(_PROBE_SECONDS)
-    if share is None:
+    """Look for all libraries.
+
+    Returns:
+        ``libraries``: by name, ``version`` and ``problem`` (``None``: it can be used here); ``versions`` of others;
+        ``torch``: what PyTorch was built with.
+    """
+    if clock.share(_PROBE_SECONDS) is None:
         raise InputError(f"{options.minutes:g} minutes are too few to begin; raise --minutes")
-    folder = scratch / "probe"
-    folder.mkdir()
-    return run_job("probe", {"device": options.device}, folder=folder, threads=options.threads, share=share)
+    libraries: dict[str, dict[str, Any]] = {}
+    for number, name in enumerate(libraries_of(options.device)):
+        share = clock.share(_PROBE_SECONDS)
+        folder = scratch / f"probe-{number}"
+        folder.mkdir()
+        request = {"library": name, "device": options.device}
+        try:
+            if share is None:
+                raise MeasurementError("no time was left to look for it; raise --minutes")
+            found = run_job("probe", request, folder=folder, threads=options.threads, share=share)
+        except MeasurementError as error:
+            found = {"version": None, "problem": f"{name} cannot be used: {error}"}
+        libraries[name] = found
+    return {
+        "libraries": {
+            name: {"version": found["version"], "problem": found["problem"]}
+            for name, found in libraries.items()
+        },
+        "torch": libraries[TORCH].get("built", {}),
+        "versions": versions(),
+    }

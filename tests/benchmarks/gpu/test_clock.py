@@ -39,6 +39,17 @@ def test_a_step_does_not_begin_for_a_moment() -> None:
     assert clock.share(60) is None
 
 
+def test_what_to_do_depends_on_which_limit_was_met() -> None:
+    clock = Clock(seconds=100, now=Time())
+    own, rest = clock.share(60), clock.share(300)
+    assert (own.own, rest.own, clock.share(60, kept=40).own) == (True, False, False)
+    assert own.advice.startswith(
+        "its step may take no longer; give --minutes more than before, and more than 9.5"
+    )
+    assert rest.advice == "the time of the run is used up; raise --minutes, or name fewer steps with --only"
+    assert own.with_grace(10).advice == own.advice
+
+
 def test_grace_ends_with_the_run_less_what_is_kept() -> None:
     clock = Clock(seconds=100, now=Time())
     share = clock.share(60, kept=20)

@@ -17,10 +17,22 @@ from bertrt_bench.gpu import jobs
 from bertrt_bench.gpu.lineup import ONNXRUNTIME, ORT_CUDA, TENSORRT, TORCH, TRITON
 
 
+def look(library: str, device: str = "cuda") -> dict[str, Any]:
+    return jobs.probe({"library": library, "device": device})
+
+
 def test_what_is_installed() -> None:
-    found = jobs.probe({"device": "cpu"})
-    assert all(library["problem"] is None and library["version"] for library in found["libraries"].values())
-    assert found["versions"]["transformers"]
+    found = {library: look(library, "cpu") for library in jobs.libraries_of("cpu")}
+    assert all(library["problem"] is None and library["version"] for library in found.values())
+    assert "cuda" in found[TORCH]["built"]
+    assert jobs.versions()["transformers"]
+
+
+def test_what_is_looked_for_on_a_gpu() -> None:
+    libraries = set(jobs.libraries_of("cuda"))
+    assert {TRITON, TENSORRT, ORT_CUDA, *jobs.libraries_of("cpu")} <= libraries
+    for library in (TRITON, TENSORRT, ORT_CUDA):
+        assert set(look(library)) == {"version", "problem"}
 
 
 @pytest.mark.parametrize("failure", [ModuleNotFoundError("no torch"), OSError("no libcudart\nat all")])
@@ -33,9 +45,8 @@ def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch, failure: Excepti
         return load(name)
 
     monkeypatch.setattr(importlib, "import_module", fail)
-    found = jobs.probe({"device": "cuda"})["libraries"]
     for name in (TORCH, ONNXRUNTIME, ORT_CUDA):
-        assert found[name]["problem"] == (
+        assert look(name)["problem"] == (
             f'{name.split()[0]} is not installed; pip install "bertrt[{"torch" if name == TORCH else "ort"}]"'
             if isinstance(failure, ModuleNotFoundError)
             else f"{name.split()[0]} does not load (no libcudart); install it again"
@@ -45,13 +56,9 @@ def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch, failure: Excepti
 def test_pytorch_that_sees_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = importlib.import_module("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = jobs.probe({"device": "cuda"})
-    assert (
-        "sees no GPU; install its build for the CUDA of this driver" in found["libraries"][TORCH]["problem"]
-    )
-    assert {TRITON, TENSORRT, ORT_CUDA} <= set(found["libraries"])
+    assert "sees no GPU; install its build for the CUDA of this driver" in look(TORCH)["problem"]
     # In a rehearsal that is none.
-    assert jobs.probe({"device": "cpu"})["libraries"][TORCH]["problem"] is None
+    assert look(TORCH, "cpu")["problem"] is None
 
 
 def test_an_export_is_for_gpus(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -22,14 +23,17 @@ from bertrt_bench.gpu.lineup import (
     chosen,
     gpu_steps,
     rehearsal_steps,
+    scaled,
 )
 
 HERE = {"version": "1", "problem": None}
 AWAY = {"version": None, "problem": "it is on holiday"}
 
 
-@pytest.mark.parametrize("steps", [gpu_steps(), rehearsal_steps()])
-def test_a_lineup_can_be_carried_out(steps: list) -> None:
+@pytest.mark.parametrize(
+    ("steps", "baseline"), [(gpu_steps(), GPU_BASELINE), (rehearsal_steps(), REHEARSAL_BASELINE)]
+)
+def test_a_lineup_can_be_carried_out(steps: list, baseline: str) -> None:
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
     built: set[str] = set()
@@ -48,7 +52,7 @@ def test_a_lineup_can_be_carried_out(steps: list) -> None:
     first = steps[0].contender
     assert (first.precision, first.needs) == ("fp32", (TORCH,))
     assert steps[-1].kind == "turns"
-    assert {GPU_BASELINE, REHEARSAL_BASELINE} & set(names)
+    assert baseline in [step.name for step in steps if step.contender]
 
 
 def test_what_a_gpu_run_measures() -> None:
@@ -61,9 +65,16 @@ def test_what_a_gpu_run_measures() -> None:
     for kind in ("sdpa", "eager", "compile"):
         assert {f"torch-{kind}-fp16", f"torch-{kind}-bf16"} <= names
     # What is looked for is what is needed.
-    found = set(jobs.probe({"device": "cuda"})["libraries"])
+    found = set(jobs.libraries_of("cuda"))
     assert {need for step in steps if step.contender for need in step.contender.needs} <= found
     assert {TENSORRT, ORT_CUDA} <= found
+
+
+@pytest.mark.parametrize(("minutes", "factor"), [(19.0, 2.0), (9.5, 1.0), (3.0, 1.0)])
+def test_limits_grow_with_the_minutes(minutes: float, factor: float) -> None:
+    steps = gpu_steps()
+    for before, after in zip(steps, scaled(steps, minutes), strict=True):
+        assert after == replace(before, seconds=factor * before.seconds)
 
 
 def test_steps_by_their_names() -> None:

@@ -37,8 +37,7 @@ def quiet(_line: str) -> None:
 @pytest.fixture
 def probed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is looked for, which would import PyTorch and takes seconds; the fakes need nothing."""
-    found = {"libraries": {"torch": {"version": "1", "problem": None}}, "torch": {}, "versions": {}}
-    monkeypatch.setattr(module, "run_job", lambda name, request, **_: found)
+    monkeypatch.setattr(module, "run_job", lambda name, request, **_: {"version": "1", "problem": None})
 
 
 def read(folder: Path, stem: str = "rehearsal") -> dict[str, Any]:
@@ -158,6 +157,28 @@ def test_what_fails_or_is_missing_is_named_and_the_rest_is_measured(
     assert not any(map(alive, fakes.pids()))
 
 
+def test_a_library_that_breaks_is_its_own_problem(
+    tmp_path: Path, fakes, enter: Callable[..., Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that crashes when it is imported, in the process that looks for it."""
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(modules), os.environ["PYTHONPATH"]]))
+    steps = [enter("a"), enter("b", needs=("torch",)), TURNS]
+    record = run(GpuOptions(out=tmp_path / "out", device="cpu"), gpu=None, steps=steps, say=quiet)
+    assert [step.outcome for step in record.steps] == ["done", "skipped", "done"]
+    reason = "torch cannot be used: probe left no result: it was ended by SIGSEGV"
+    assert record.steps[1].reason.startswith(reason)
+    libraries = read(tmp_path / "out")["libraries"]
+    assert {name: bool(found["problem"]) for name, found in libraries["libraries"].items()} == {
+        "onnx": False,
+        "onnxruntime": False,
+        "torch": True,
+    }
+    assert libraries["torch"] == {}
+
+
 @pytest.mark.usefixtures("probed")
 def test_a_defect_ends_its_step_alone(
     tmp_path: Path, fakes, enter: Callable[..., Step], monkeypatch: pytest.MonkeyPatch
@@ -212,19 +233,29 @@ def test_no_step_of_that_name(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_record_of_a_gpu(tmp_path: Path, fakes, fake_gpu: Gpu, enter: Callable[..., Step]) -> None:
+def test_the_record_of_a_gpu(
+    tmp_path: Path, fakes, fake_gpu: Gpu, enter: Callable[..., Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a record says of a GPU; the driver is made up, and what takes part computes nothing."""
-    # 8.9 has fp8; but there is nothing to run it, and PyTorch may be a build for CPUs.
+    # 8.9 has fp8; but there is nothing to run it.
     steps = [enter("a"), Step(kind="engine", name="engine fp8", seconds=60, precision="fp8")]
     steps += [Step(kind="contestant", name="plan", seconds=60, contender=tensorrt("fp8")), TURNS]
     options = GpuOptions(out=tmp_path / "out", checkpoint="demo", minutes=30)
+
+    def find(_name: str, request: dict[str, str], **_: object) -> dict[str, str | None]:
+        here = request["library"] in {"onnx", "onnxruntime", "torch"}
+        return {"version": "1" if here else None, "problem": None if here else "it is on holiday"}
+
+    monkeypatch.setattr(module, "run_job", find)
     run(options, gpu=fake_gpu, steps=steps, say=quiet)
     value = read(tmp_path / "out", "gpu")
     assert (value["rehearsal"], value["measurement"]) == (False, "measured on a GPU")
     assert value["gpu"] == fake_gpu.facts.to_json()
     assert value["steps"][0]["found"]["device_memory_bytes"] == 0
-    if value["libraries"]["libraries"]["tensorrt"]["problem"]:
-        assert [step["outcome"] for step in value["steps"]][1:3] == ["skipped", "skipped"]
+    assert [(step["outcome"], step["reason"]) for step in value["steps"]][1:3] == [
+        ("skipped", "nothing here runs an engine on the GPU: it is on holiday; it is on holiday"),
+        ("skipped", "it is on holiday"),
+    ]
     state = {"sm_mhz": 1000, "memory_mhz": 2000, "temperature_c": 45, "power_w": 61.5}
     assert value["steps"][-1]["found"]["gpu_before"] == state
     text = render(value)
