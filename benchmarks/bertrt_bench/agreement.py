@@ -23,9 +23,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from bertrt.architecture import BertArchitecture
 from bertrt.errors import AnswersDisagreeError, MeasurementError
 from bertrt.manifest import Precision
-from bertrt_bench.cases import Case, Task
+from bertrt_bench.cases import TOP_K, Case, Task
 from bertrt_bench.contestants import Answer
 
 # fp32: sums in another order differ by some 1e-6 in each layer. fp16: a rounding is 2**-11; some ten of them
@@ -61,6 +62,9 @@ _FEWEST_PAIRS: Final = 4
 _LEAST_DEVIATION: Final = 0.1
 _LEAST_LOGITS: Final = 0.2
 
+# Numbers in one array of an answer that is compared (16 MiB of float32).
+_LARGEST_ARRAY: Final = 1 << 22
+
 _Array = npt.NDArray[Any]
 
 
@@ -77,17 +81,26 @@ class Agreement:
     tolerance: float
 
 
-def answer_shapes(
-    case: Case, *, hidden_size: int, vocab_size: int, top_k: int, rows: int
-) -> dict[str, tuple[int, ...]]:
-    """The shape of each array that an answer must hold, when at most ``rows`` rows of it are kept."""
+def rows_compared(case: Case, architecture: BertArchitecture) -> int:
+    """Rows of an answer that are kept and compared at most; see `bertrt_bench.protocol.sample_rows`."""
+    widest = architecture.hidden_size if case.task == "features" else architecture.vocab_size
+    return max(1, _LARGEST_ARRAY // widest)
+
+
+def answer_shapes(case: Case, architecture: BertArchitecture) -> dict[str, tuple[int, ...]]:
+    """The shape of each array that an answer must hold, when `rows_compared` rows of it are kept."""
+    rows, hidden_size, vocab_size = (
+        rows_compared(case, architecture),
+        architecture.hidden_size,
+        architecture.vocab_size,
+    )
     tokens, batch = min(case.tokens, rows), min(case.batch, rows)
     shapes: dict[Task, dict[str, tuple[int, ...]]] = {
         "features": {"hidden_states": (tokens, hidden_size)},
-        "fill-mask": {"ids": (batch, top_k), "log_probs": (batch, top_k)},
+        "fill-mask": {"ids": (batch, TOP_K), "log_probs": (batch, TOP_K)},
         "next-sentence": {"logits": (batch, 2)},
         "mlm-all": {"logits": (tokens, vocab_size)},
-        "fill-mask-text": {"ids": (batch, top_k), "log_probs": (batch, top_k)},
+        "fill-mask-text": {"ids": (batch, TOP_K), "log_probs": (batch, TOP_K)},
     }
     return shapes[case.task]
 
@@ -132,16 +145,23 @@ def compare(case: Case, precision: Precision, ours: Answer, theirs: Answer) -> A
     return Agreement(error=error, tolerance=TOLERANCES[precision])
 
 
-def require(case: Case, rival: str, agreement: Agreement) -> None:
+def require(case: Case, ours: str, theirs: str, agreement: Agreement, *, outcome: str) -> None:
     """Stop at a disagreement.
+
+    Args:
+        case: what was asked.
+        ours: who answered.
+        theirs: whose answer that was compared with.
+        agreement: what came of it.
+        outcome: what a disagreement means, for the message.
 
     Raises:
         AnswersDisagreeError: the error is above the tolerance, or not a number.
     """
     if not agreement.error <= agreement.tolerance:
         raise AnswersDisagreeError(
-            f"engine and {rival} disagree on {case}: {MEASURES[case.task]}, is {agreement.error:.3g}, the "
-            f"tolerance {agreement.tolerance:g}; nothing was timed. "
+            f"{ours} and {theirs} disagree on {case}: {MEASURES[case.task]}, is {agreement.error:.3g}, the "
+            f"tolerance {agreement.tolerance:g}; {outcome}. "
             "See where the error comes from with 'bertrt drift'"
         )
 

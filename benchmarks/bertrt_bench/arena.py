@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Final
 
 import numpy as np
 
@@ -17,15 +16,12 @@ from bertrt.folder import EngineFolder
 from bertrt.tokenization import WordPieceTokenizer
 from bertrt_bench import agreement
 from bertrt_bench.agreement import Agreement
-from bertrt_bench.cases import RANKED, TOP_K, Case, Question, SpecialIds, make_question
+from bertrt_bench.cases import RANKED, Case, Question, SpecialIds, make_question
 from bertrt_bench.contestants import ENGINE, ContestantKind, Setup
 from bertrt_bench.patience import StepTimeout
 from bertrt_bench.process import ContestantProcess
 from bertrt_bench.reference import reference_folder
 from bertrt_bench.texts import make_text_question
-
-# Numbers in one array of an answer that is compared (16 MiB of float32).
-_LARGEST_ARRAY: Final = 1 << 22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,14 +118,9 @@ class Arena:
         """
         index, manifest = self.cases.index(case), self._folder.manifest
         architecture = manifest.architecture
-        widest = architecture.hidden_size if case.task == "features" else architecture.vocab_size
-        rows = max(1, _LARGEST_ARRAY // widest)
-        shapes = agreement.answer_shapes(
-            case,
-            hidden_size=architecture.hidden_size,
-            vocab_size=architecture.vocab_size,
-            top_k=TOP_K,
-            rows=rows,
+        rows, shapes = (
+            agreement.rows_compared(case, architecture),
+            agreement.answer_shapes(case, architecture),
         )
         answers = []
         for contestant in self.contestants:
@@ -144,7 +135,7 @@ class Arena:
             theirs = contestant.kind.precision_beside(manifest.precision)
             precision = agreement.coarser(manifest.precision, theirs)
             outcome = agreement.compare(case, precision, answers[0], answer)
-            agreement.require(case, contestant.kind.name, outcome)
+            agreement.require(case, "engine", contestant.kind.name, outcome, outcome="nothing was timed")
             checks.append(Check(rival=contestant.kind.name, agreement=outcome))
         return checks
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from bertrt.errors import EmptyTextError, InputError, TextEncodingError
 from bertrt.tokenization import WordPieceTokenizer
@@ -34,6 +35,20 @@ class Lengths:
     sha256: str
     tokens: tuple[int, ...]
     cut: int
+
+    def to_json(self) -> dict[str, Any]:
+        """What a record says of it."""
+        tokens = sorted(self.tokens)
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "paragraphs": len(tokens),
+            "cut": self.cut,
+            "tokens": sum(tokens),
+            "least": tokens[0],
+            "median": statistics.median(tokens),
+            "most": tokens[-1],
+        }
 
 
 def read_lengths(path: Path, tokenizer: WordPieceTokenizer, *, most: int, max_length: int) -> Lengths:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -170,7 +169,7 @@ class Report:
                 "seconds": None if options.repeats is not None else options.seconds,
                 "seed": options.seed,
                 "top_k": TOP_K,
-                "lengths": None if self.lengths is None else _mix(self.lengths),
+                "lengths": None if self.lengths is None else self.lengths.to_json(),
                 "environment": dict(self.environment),
             },
             "peak_operations_per_second": self.peak,
@@ -236,7 +235,7 @@ class Report:
                 facts.append(f"{record.threads} thread{'' if record.threads == 1 else 's'}")
             lines += [f"{record.name}: {record.description}", f"  {', '.join(facts)}"]
         if self.lengths is not None:
-            mix = _mix(self.lengths)
+            mix = self.lengths.to_json()
             lines.append(
                 f"mix: {mix['paragraphs']} paragraphs of {mix['name']}, {mix['least']} to {mix['most']} tokens, "
                 f"median {mix['median']:g}, together {mix['tokens']:,}; padded rivals sort them by length"
@@ -277,14 +276,14 @@ class Report:
                     share = result.share_of_peak if first else None
                     row.append("" if share is None else f"{share:.0%}")
                 if rivals:
-                    row.append(_ratio(result.comparisons[name].speedup) if name in result.comparisons else "")
+                    row.append(str(result.comparisons[name].speedup) if name in result.comparisons else "")
                 rows.append(row)
         align = "<>><>>>>>>>>" + (">" if self.peak is not None else "") + (">" if rivals else "")
         return table(rows, align=align, indent="")
 
     def _foot(self) -> list[str]:
         lines = [
-            f"{result.case}: {_ratio(result.over_features)} the time of the same text's features"
+            f"{result.case}: {result.over_features} the time of the same text's features"
             for result in self.results
             if result.over_features is not None
         ]
@@ -307,21 +306,3 @@ class Report:
 
 def _known(value: float | None) -> str:
     return "" if value is None else number(value)
-
-
-def _mix(lengths: Lengths) -> dict[str, Any]:
-    tokens = sorted(lengths.tokens)
-    return {
-        "name": lengths.name,
-        "sha256": lengths.sha256,
-        "paragraphs": len(tokens),
-        "cut": lengths.cut,
-        "tokens": sum(tokens),
-        "least": tokens[0],
-        "median": statistics.median(tokens),
-        "most": tokens[-1],
-    }
-
-
-def _ratio(speedup: Speedup) -> str:
-    return f"{speedup.median:.2f}x ({speedup.low:.2f}-{speedup.high:.2f})"

@@ -95,6 +95,9 @@ class Speedup:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.median:.2f}x ({self.low:.2f}-{self.high:.2f})"
+
 
 def speedup(ours: Timings, theirs: Timings) -> Speedup:
     """Compare two contestants that took turns in the same rounds."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from bertrt.architecture import BertArchitecture
 from bertrt.errors import AnswersDisagreeError, MeasurementError
+from bertrt_bench import agreement
 from bertrt_bench.agreement import (
     TOLERANCES,
     Agreement,
@@ -14,11 +18,24 @@ from bertrt_bench.agreement import (
     coarser,
     compare,
     require,
+    rows_compared,
 )
 from bertrt_bench.cases import RANKED, TASKS, Case
 
 VOCAB, HIDDEN = 500, 48
 RANDOM = np.random.default_rng(0)
+ARCHITECTURE = BertArchitecture.from_config(
+    {
+        "model_type": "bert",
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": HIDDEN,
+        "max_position_embeddings": 64,
+        "type_vocab_size": 2,
+    }
+)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -66,7 +83,7 @@ def test_an_answer_to_another_question_fails_at_every_precision(task: str, preci
     with pytest.raises(
         AnswersDisagreeError, match=rf"engine and torch disagree on {task} at 8x8: .* nothing"
     ):
-        require(case, "torch", found)
+        require(case, "engine", "torch", found, outcome="nothing was timed")
 
 
 def test_tolerances_rise_with_coarseness() -> None:
@@ -76,14 +93,14 @@ def test_tolerances_rise_with_coarseness() -> None:
 
 
 def test_an_error_at_the_tolerance_passes() -> None:
-    require(Case(task="features", batch=1, sequence=8), "torch", Agreement(error=0.5, tolerance=0.5))
+    case = Case(task="features", batch=1, sequence=8)
+    require(case, "engine", "torch", Agreement(error=0.5, tolerance=0.5), outcome="")
 
 
 def test_no_number_is_no_agreement() -> None:
     with pytest.raises(AnswersDisagreeError):
-        require(
-            Case(task="features", batch=1, sequence=8), "torch", Agreement(error=float("nan"), tolerance=1)
-        )
+        case = Case(task="features", batch=1, sequence=8)
+        require(case, "engine", "torch", Agreement(error=float("nan"), tolerance=1), outcome="")
 
 
 def test_near_ties_may_change_places() -> None:
@@ -121,7 +138,7 @@ def test_a_constant_reference_is_no_division_by_zero() -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_shapes(task: str) -> None:
     case = Case(task=task, batch=4, sequence=8)
-    shapes = answer_shapes(case, hidden_size=HIDDEN, vocab_size=VOCAB, top_k=5, rows=1000)
+    shapes = answer_shapes(case, ARCHITECTURE)
     rows = {"features": 32, "mlm-all": 32}.get(task, 4)
     right = {name: array[:rows] for name, array in answer(task, values(task)).items()}
     check_answer("torch", case, right, shapes)
@@ -132,11 +149,16 @@ def test_shapes(task: str) -> None:
         check_answer("torch", case, {}, shapes)
 
 
-def test_only_some_rows_are_expected_of_large_answers() -> None:
+def test_only_some_rows_are_expected_of_large_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "_LARGEST_ARRAY", 7 * VOCAB + 1)
     case = Case(task="mlm-all", batch=4, sequence=8)
-    assert answer_shapes(case, hidden_size=HIDDEN, vocab_size=VOCAB, top_k=5, rows=7) == {
-        "logits": (7, VOCAB)
-    }
+    assert rows_compared(case, ARCHITECTURE) == 7
+    assert answer_shapes(case, ARCHITECTURE) == {"logits": (7, VOCAB)}
+    # Hidden states are narrower.
+    assert rows_compared(replace(case, task="features"), ARCHITECTURE) == (7 * VOCAB + 1) // HIDDEN
+    # However wide a row is, one is compared.
+    monkeypatch.setattr(agreement, "_LARGEST_ARRAY", 1)
+    assert rows_compared(case, ARCHITECTURE) == 1
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

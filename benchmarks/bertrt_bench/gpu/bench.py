@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from bertrt.errors import BackendUnavailableError, BertRTError, MeasurementError
 from bertrt.manifest import Precision
+from bertrt_bench.agreement import rows_compared
 from bertrt_bench.cases import Case
 from bertrt_bench.contestants import Setup
 from bertrt_bench.gpu.abilities import Abilities
@@ -207,7 +208,6 @@ class Bench:
                 made |= self._build(folder, self._options.scale.drift_profiles, share)
         request = {
             "checkpoint": checkpoint,
-            "random": False,
             "folder": str(folder),
             "backend": backend,
             "device": self._options.device,
@@ -250,7 +250,7 @@ class Bench:
     def _prepare(self, here: Present, index: int, case: Case) -> None:
         contender = here.contender
         here.process.prepare(index, case, self._subject.questions[index])
-        answer = here.process.answer(index, case, rows=self._judge.rows)
+        answer = here.process.answer(index, case, rows=rows_compared(case, self._subject.architecture))
         self.agreements[index, contender.name] = self._judge.check(
             contender.name, contender.precision, case, answer
         )

@@ -124,7 +124,7 @@ def drift(request: Mapping[str, Any]) -> dict[str, Any]:
     """Compare an engine with PyTorch float32, as ``bertrt drift`` does, but for the layers, which no GPU shows.
 
     Args:
-        request: ``checkpoint``, ``random``, ``folder`` (the engine), ``backend`` (``NAME`` or ``NAME:PROVIDER``),
+        request: ``checkpoint``, ``folder`` (the engine), ``backend`` (``NAME`` or ``NAME:PROVIDER``),
             ``device`` (of a reference without transformers), ``text`` (a file, ``None`` for the built-in one),
             ``examples``, ``threads``.
 
@@ -143,7 +143,7 @@ def drift(request: Mapping[str, Any]) -> dict[str, Any]:
 
     path = Path(request["text"]) if request["text"] else evaluation_text()
     with (
-        open_checkpoint(request["checkpoint"], random=request["random"]) as checkpoint,
+        open_checkpoint(request["checkpoint"]) as checkpoint,
         load_engine(request["folder"], request["backend"], request["threads"]) as running,
         open_any_reference(checkpoint, threads=request["threads"], device=request["device"]) as opened,
     ):

@@ -46,22 +46,13 @@ class Subject:
 
     def to_json(self) -> dict[str, Any]:
         """What a record says of it."""
-        tokens = sorted(self.lengths.tokens)
         return {
             "name": self.source.name,
             "kind": self.source.kind,
             "seed": self.source.seed,
             "weights_sha256": self.source.weights_sha256,
             "architecture": self.architecture.to_json(),
-            "mix": {
-                "text": self.lengths.name,
-                "sha256": self.lengths.sha256,
-                "paragraphs": len(tokens),
-                "cut": self.lengths.cut,
-                "tokens": sum(tokens),
-                "least": tokens[0],
-                "most": tokens[-1],
-            },
+            "mix": self.lengths.to_json(),
             "left_out": self.left_out,
         }
 

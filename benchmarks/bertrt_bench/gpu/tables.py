@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from bertrt.cli.console import human_bytes
 from bertrt_bench.markdown import cell, number, table
+from bertrt_bench.timings import Speedup
 from bertrt_export.drift.figures import FIGURES
 
 _Json = Mapping[str, Any]
@@ -72,7 +73,7 @@ def _facts(record: _Json) -> list[str]:
         mix = subject["mix"]
         lines += [
             f"- model: {cell(subject['name'])}{weights}",
-            f"- mix: {mix['paragraphs']} paragraphs of {cell(mix['text'])}, {mix['least']} to {mix['most']} tokens, "
+            f"- mix: {mix['paragraphs']} paragraphs of {cell(mix['name'])}, {mix['least']} to {mix['most']} tokens, "
             f"together {mix['tokens']:,}; all are one run, sorted by length, in blocks of each one's best size",
         ]
         lines += [f"- left out: {cell(case)}: {cell(reason)}" for case, reason in subject["left_out"].items()]
@@ -106,9 +107,7 @@ def _latency(record: _Json) -> list[str]:
                     number(timings["sequences_per_second"]),
                     f"{timings['tokens_per_second']:,.0f}",
                     f"{found['operations_per_second'] / 1e12:,.2f}",
-                    _NONE
-                    if faster is None
-                    else f"{faster['median']:.2f}x ({faster['low']:.2f}-{faster['high']:.2f})",
+                    _NONE if faster is None else str(Speedup(**faster)),
                     f"{timings['runs']} in {len(found['rounds'])}",
                     f"{found['agreement']['error']:.1e}" if "error" in found["agreement"] else "reference",
                 )

@@ -91,7 +91,6 @@ def test_drift_without_transformers(
 ) -> None:
     request = {
         "checkpoint": "demo",
-        "random": False,
         "folder": str(gpu_engine("fp16")),
         "backend": "onnxruntime:cpu",
         "device": "cpu",
@@ -121,7 +120,6 @@ def test_drift_over_its_budgets(gpu_engine: Callable[[str], Path], monkeypatch: 
     found = jobs.drift(
         {
             "checkpoint": "demo",
-            "random": False,
             "folder": str(gpu_engine("fp16")),
             "backend": "onnxruntime:cpu",
             "device": "cpu",
