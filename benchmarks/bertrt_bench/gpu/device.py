@@ -11,7 +11,6 @@ import ctypes
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from types import TracebackType
 from typing import Any, Final
 
 from bertrt.errors import BackendUnavailableError, InputError
@@ -153,12 +152,7 @@ class Gpu:
     def __enter__(self) -> Gpu:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _facts(self) -> GpuFacts:
