@@ -15,6 +15,7 @@ from bertrt.batching import DEFAULT_TOKEN_BUDGET
 from bertrt.errors import EngineClosedError, InputError, ManifestError, ShapeMismatchError
 from bertrt.folder import EngineFolder, load_whole
 from bertrt.manifest import Heads, Manifest
+from bertrt.plans import BUILT_BACKEND
 from bertrt.tasks import features as _features
 from bertrt.tasks import fill_mask as _fill_mask
 from bertrt.tasks import next_sentence as _next_sentence
@@ -132,6 +133,8 @@ class Engine:
                 folder, backend, threads, token_budget, verify=verify, provider=provider, devices=gpus
             ),
             discard=cls.close,
+            # The others run the graphs, whatever has become of a plan.
+            plans=provider is None and backend in {None, BUILT_BACKEND},
         )
 
     @classmethod

@@ -22,8 +22,9 @@ from bertrt.errors import (
     MissingFileError,
     UnsafePathError,
 )
+from bertrt.exchange import put_in_place, sync
 from bertrt.manifest import FileRecord, Manifest, safe_name
-from bertrt.plans import rebuild_command
+from bertrt.plans import BUILT_BACKEND, rebuild_command
 
 MANIFEST_NAME = "engine.json"
 # A manifest is a few kilobytes; a larger file is not one, and is not read into memory.
@@ -33,8 +34,6 @@ _CHUNK = 1 << 20
 # its hash, or the folder is refused; a README beside it harms nobody.
 _READ_BY_NAME = (".bertrt", ".onnx", ".onnx_data", ".json", ".bin", ".safetensors", "vocab.txt")
 _REPORT = "drift.json"
-# The backend whose files are built of others in the folder.
-_TENSORRT = "tensorrt"
 # How often a folder is loaded that is replaced at that moment each time.
 _ATTEMPTS = 3
 
@@ -51,6 +50,8 @@ class EngineFolder:
     manifest: Manifest
     # From before the manifest and the files were read.
     _stamp: Stamp = field(default=(), compare=False, repr=False)
+    # Whether plans are looked at.
+    _plans: bool = field(default=True, compare=False, repr=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: bool = True, plans: bool = True) -> EngineFolder:
@@ -60,7 +61,8 @@ class EngineFolder:
             path: the folder.
             verify: compare every file's SHA-256; otherwise presence and sizes only, and `check` compares
                 those of the files that are going to be read.
-            plans: look at TensorRT plans too; not for who builds new ones, which mends a folder that lacks them.
+            plans: look at TensorRT plans too; not for who builds new ones, which mends a folder that lacks them, or
+                who runs the graphs. What is wrong with a plan is passed over then.
 
         Raises:
             EngineNotFoundError: no folder, or no ``engine.json`` in it.
@@ -72,9 +74,9 @@ class EngineFolder:
         root = Path(path)
         with _reading(root):
             before = stamp(root)
-            manifest = Manifest.from_json(_read_manifest(root))
-            folder = cls(root, manifest, before + stamp(root, manifest.files)[len(before) :])
-            folder.check(hashes=manifest.files if verify else (), plans=plans)
+            manifest = Manifest.from_json(_read_manifest(root), plans=plans)
+            folder = cls(root, manifest, before + stamp(root, manifest.files)[len(before) :], plans)
+            folder.check(hashes=set(manifest.files) - folder._skipped() if verify else ())
             _check_unlisted(root, manifest)
         return folder
 
@@ -98,23 +100,25 @@ class EngineFolder:
                 )
             if not path.resolve().is_relative_to(self.path.resolve()):
                 raise UnsafePathError(
-                    f"{name!r} in {str(self.path)!r} is a link that leaves the engine folder"
+                    f"{name!r} in {str(self.path)!r} is a link that leaves the engine folder; put the file itself "
+                    "there, or export the engine again"
                 )
         return path
 
-    def check(self, *, hashes: Iterable[str] = (), plans: bool = True) -> None:
+    def check(self, *, hashes: Iterable[str] = (), plans: bool | None = None) -> None:
         """Compare the files with the manifest: presence and sizes of all.
 
         Args:
             hashes: the files whose SHA-256 is compared too.
-            plans: see `open`; those that are named in ``hashes`` are looked at in any case.
+            plans: see `open`, and as it was told by default; those that are named in ``hashes`` are looked at in any
+                case.
 
         Raises:
             MissingFileError, HashMismatchError, UnsafePathError: as their names say.
             EngineFolderError: a file cannot be read.
         """
         with _reading(self.path):
-            self._compare(frozenset(hashes), frozenset() if plans else self._plan_files())
+            self._compare(frozenset(hashes), self._skipped(plans))
 
     def _compare(self, hashed: frozenset[str], skipped: frozenset[str]) -> None:
         for name, record in self.manifest.files.items():
@@ -133,11 +137,16 @@ class EngineFolder:
                     f"{record.sha256[:16]}…; the file is corrupt or was replaced: {self._advice(name)}"
                 )
 
+    def _skipped(self, plans: bool | None = None) -> frozenset[str]:
+        return frozenset() if (self._plans if plans is None else plans) else self._plan_files()
+
     def _plan_files(self) -> frozenset[str]:
         """What only TensorRT reads."""
         backends = self.manifest.backends
-        others = {name for backend in backends if backend != _TENSORRT for name in backends[backend].values()}
-        return frozenset(backends.get(_TENSORRT, {}).values()) - others
+        others = {
+            name for backend in backends if backend != BUILT_BACKEND for name in backends[backend].values()
+        }
+        return frozenset(backends.get(BUILT_BACKEND, {}).values()) - others
 
     def _advice(self, name: str) -> str:
         plan = self.manifest.plan
@@ -156,7 +165,11 @@ class EngineFolder:
 
 
 def load_whole(
-    path: Path, build: Callable[[EngineFolder], _Built], *, discard: Callable[[_Built], object]
+    path: Path,
+    build: Callable[[EngineFolder], _Built],
+    *,
+    discard: Callable[[_Built], object],
+    plans: bool = True,
 ) -> _Built:
     """Open a folder and build something from its files, all of them those of one engine.
 
@@ -167,6 +180,7 @@ def load_whole(
         path: the folder.
         build: makes the thing; it may read the files, and compares the hashes of those that it reads.
         discard: frees one that was built of a folder that has been replaced.
+        plans: see `EngineFolder.open`.
 
     Raises:
         EngineFolderError: see `EngineFolder.open`; also for a folder that was replaced each time.
@@ -176,7 +190,7 @@ def load_whole(
     for _ in range(_ATTEMPTS):
         before, folder = stamp(path), None
         try:
-            folder = EngineFolder.open(path, verify=False)
+            folder = EngineFolder.open(path, verify=False, plans=plans)
             built = build(folder)
         except BertRTError as error:
             if folder.is_unchanged() if folder else stamp(path) == before:
@@ -227,11 +241,16 @@ def _read_manifest(root: Path) -> str:
     with path.open("rb") as file:
         data = file.read(_LARGEST_MANIFEST + 1)
     if len(data) > _LARGEST_MANIFEST:
-        raise ManifestError(f"{path} is larger than {_LARGEST_MANIFEST} bytes")
+        raise ManifestError(
+            f"{str(path)!r} is larger than {_LARGEST_MANIFEST} bytes, so bertrt has not written it; export the engine "
+            "again"
+        )
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ManifestError(f"{path} is not UTF-8 ({error.reason})") from error
+        raise ManifestError(
+            f"{str(path)!r} is not UTF-8 ({error.reason}): it was damaged or edited; export the engine again"
+        ) from error
 
 
 def _is_there(path: Path) -> bool:
@@ -319,7 +338,8 @@ def write_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a new folder beside ``out`` to be filled; on success it takes the place of ``out``.
 
     When the block raises, or is interrupted, the folder is removed and ``out`` is as it was. An ``out`` that
-    exists is replaced only with ``overwrite``, and only if it is an engine folder.
+    exists is replaced only with ``overwrite``, and only if it is an engine folder: at one stroke, so that at any
+    moment, also after a crash, the old one is there or the new one (see `bertrt.exchange`).
 
     Raises:
         ExportError: ``out`` exists, or its parent cannot be written.
@@ -336,21 +356,17 @@ def write_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                _sync(path)
+        for path in (*temporary.rglob("*"), temporary):
+            if path.is_file() or path.is_dir():
+                sync(path)
         _check_target(out, overwrite=overwrite)
         if out.is_dir():
             retired = temporary.with_suffix(".retired")
-            out.replace(retired)
-            try:
-                temporary.replace(out)
-            except BaseException:
-                retired.replace(out)
-                raise
+            put_in_place(temporary, out, retired)
             shutil.rmtree(retired, ignore_errors=True)
         else:
             temporary.replace(out)
+            sync(out.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise ExportError(
@@ -369,8 +385,3 @@ def _check_target(out: Path, *, overwrite: bool) -> None:
     empty = out.is_dir() and not any(out.iterdir())
     if out.is_symlink() or not (empty or (out / MANIFEST_NAME).is_file()):
         raise ExportError(f"{str(out)!r} exists and is not an engine folder; it is not overwritten")
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

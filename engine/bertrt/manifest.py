@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from bertrt.architecture import BertArchitecture
 from bertrt.errors import ManifestError, UnsafePathError, UnsupportedVersionError
-from bertrt.plans import Plan
+from bertrt.plans import BUILT_BACKEND, Plan
 
 FORMAT = "bertrt-engine"
 FORMAT_VERSION = 1
@@ -105,6 +105,22 @@ class Manifest:
         """The same manifest with another drift summary."""
         return replace(self, drift=drift)
 
+    def without_plan(self) -> Manifest:
+        """The same manifest before a plan was built: without its files, and the drift that was measured of it."""
+        backends = dict(self.backends)
+        old = frozenset(backends.get(BUILT_BACKEND, {}).values())
+        if BUILT_BACKEND in backends:
+            backends[BUILT_BACKEND] = {}
+        used = {name for roles in backends.values() for name in roles.values()}
+        drift = self.drift
+        return replace(
+            self,
+            backends=backends,
+            files={name: record for name, record in self.files.items() if name not in old - used},
+            plan=None,
+            drift=None if drift is not None and drift.get("backend") == BUILT_BACKEND else drift,
+        )
+
     def to_json(self) -> str:
         """The text of ``engine.json``."""
         value = {
@@ -131,8 +147,12 @@ class Manifest:
         return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Manifest:
+    def from_json(cls, text: str, *, plans: bool = True) -> Manifest:
         """Read and check ``engine.json``.
+
+        Args:
+            text: its text.
+            plans: whether the plan matters. Otherwise one about which anything is wrong is as good as none.
 
         Raises:
             ManifestError: not JSON, or a field is missing or of the wrong type.
@@ -146,7 +166,10 @@ class Manifest:
         except (ValueError, RecursionError) as error:
             raise ManifestError(f"engine.json is not JSON ({error}); export the engine again") from error
         if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise ManifestError(f"engine.json does not say format={FORMAT!r}: this is not an engine folder")
+            raise ManifestError(
+                f"engine.json does not say format={FORMAT!r}: this is not an engine folder; make one with "
+                "'bertrt export SOURCE OUT'"
+            )
         version = value.get("format_version")
         if type(version) is not int or version != FORMAT_VERSION:  # True and 1.0 equal 1
             hint = "update bertrt" if type(version) is int and version > FORMAT_VERSION else "export it again"
@@ -155,7 +178,7 @@ class Manifest:
             )
         files = {
             safe_name(name): FileRecord(
-                size=_get(record, "size", int, f"files[{name!r}]"),
+                size=_size(record, f"files[{name!r}]"),
                 sha256=_get(record, "sha256", str, f"files[{name!r}]"),
             )
             for name, record in _get(value, "files", dict).items()
@@ -163,15 +186,27 @@ class Manifest:
         backends: dict[str, dict[str, str]] = {}
         for backend, roles in _get(value, "backends", dict).items():
             backends[backend] = {}
-            for role in roles if isinstance(roles, dict) else ():
+            if not isinstance(roles, dict):
+                if backend == BUILT_BACKEND and not plans:
+                    continue
+                raise _wrong_type(f"backends.{backend}", dict, roles)
+            for role in roles:
                 name = safe_name(_get(roles, role, str, f"backends[{backend!r}]"))
                 if name not in files:
                     raise ManifestError(
-                        f"engine.json: backend {backend!r} needs {name!r}, which is not among 'files'"
+                        f"engine.json: backend {backend!r} needs {name!r}, which is not among 'files'; export the "
+                        "engine again"
                     )
                 backends[backend][role] = name
         source, heads = _get(value, "source", dict), _get(value, "heads", dict)
-        return cls(
+        plan, usable = None, True
+        try:
+            plan = None if value.get("plan") is None else Plan.from_json(value["plan"])
+        except ManifestError:
+            if plans:
+                raise
+            usable = False
+        manifest = cls(
             source=Source(
                 kind=_choice(source, "kind", get_args(SourceKind), "source"),
                 name=_get(source, "name", str, "source"),
@@ -193,8 +228,9 @@ class Manifest:
             versions=_get(value, "versions", dict),
             drift=_optional(value, "drift", dict),
             calibration=_optional(value, "calibration", dict),
-            plan=None if value.get("plan") is None else Plan.from_json(value["plan"]),
+            plan=plan,
         )
+        return manifest if usable else manifest.without_plan()
 
 
 def safe_name(name: str) -> str:
@@ -233,11 +269,23 @@ def _get(value: object, name: str, kind: type, where: str = "") -> Any:
     found = value.get(name) if isinstance(value, dict) else None
     if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
         place = f"{where}.{name}" if where else name
-        raise ManifestError(
-            f"engine.json: {place!r} must be of type {kind.__name__}, got {type(found).__name__}; "
-            "export the engine again"
-        )
+        raise _wrong_type(place, kind, found)
     return found
+
+
+def _wrong_type(place: str, kind: type, found: object) -> ManifestError:
+    return ManifestError(
+        f"engine.json: {place!r} must be of type {kind.__name__}, got {type(found).__name__}; export the engine again"
+    )
+
+
+def _size(record: object, where: str) -> int:
+    size: int = _get(record, "size", int, where)
+    if size < 0:
+        raise ManifestError(
+            f"engine.json: '{where}.size' must be 0 bytes or more, got {size}; export the engine again"
+        )
+    return size
 
 
 def _optional(value: Mapping[str, Any], name: str, kind: type, where: str = "") -> Any:
@@ -247,5 +295,9 @@ def _optional(value: Mapping[str, Any], name: str, kind: type, where: str = "") 
 def _choice(value: Mapping[str, Any], name: str, choices: tuple[str, ...], where: str = "") -> Any:
     found = _get(value, name, str, where)
     if found not in choices:
-        raise ManifestError(f"engine.json: {name!r} must be one of {', '.join(choices)}, got {found!r}")
+        place = f"{where}.{name}" if where else name
+        raise ManifestError(
+            f"engine.json: {place!r} must be one of {', '.join(choices)}, got {found!r}; update bertrt, or export the "
+            "engine again"
+        )
     return found

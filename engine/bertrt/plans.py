@@ -11,6 +11,8 @@ from typing import Any, Final
 
 from bertrt.errors import InputError, ManifestError
 
+# The backend whose files are built of others in the folder, here or elsewhere.
+BUILT_BACKEND: Final = "tensorrt"
 # A shape of input ids: sequences, tokens of each.
 Shape = tuple[int, int]
 
@@ -139,12 +141,15 @@ class Plan:
             and isinstance(device, str | None)
         ):
             raise ManifestError(
-                "engine.json: 'plan' lacks a field or has one of the wrong type; build it again"
+                "engine.json: 'plan' lacks a field or has one of the wrong type; build it again with 'bertrt build "
+                "FOLDER'"
             )
         try:
             shapes = tuple(map(Profile.parse, profiles))
         except InputError as error:
-            raise ManifestError(f"engine.json: 'plan': {error}") from error
+            raise ManifestError(
+                f"engine.json: 'plan': {error}; build it again with 'bertrt build FOLDER'"
+            ) from error
         return cls(
             library=fields["library"],
             version=fields["version"],

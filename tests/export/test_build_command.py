@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,15 +22,17 @@ import bertrt.cli as cli
 from bertrt.backends.tensorrt.check import HEADER_SIZE, check_header, check_plan
 from bertrt.backends.tensorrt.library import find_library, library_version
 from bertrt.cli.command import EXIT_BAD_INPUT, EXIT_OK, Command
+from bertrt.engine import Engine
 from bertrt.errors import (
     EngineNotFoundError,
     HashMismatchError,
     InputError,
+    ManifestError,
     MissingFileError,
     PlanBuildError,
     PlanMismatchError,
 )
-from bertrt.folder import EngineFolder, record_files
+from bertrt.folder import MANIFEST_NAME, EngineFolder, record_files
 from bertrt_export.commands import build
 from bertrt_export.commands.build import COMMAND
 from bertrt_export.plans import build as plans_build
@@ -116,23 +119,47 @@ def test_json_is_one_line_and_nothing_else(
     assert result["report"]["encoder"]["fused_attention"] == 3
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
+def spoil_plan(path: Path, damage: str) -> None:
+    plan, manifest = path / "mlm.plan", path / MANIFEST_NAME
+    data = bytearray(plan.read_bytes())
+    match damage:
+        case "missing":
+            plan.unlink()
+        case "cut":
+            plan.write_bytes(data[:5000])
+        case "changed":
+            data[100] ^= 1
+            plan.write_bytes(data)
+        case _:
+            value = json.loads(manifest.read_text())
+            if damage == "roles":
+                value["backends"]["tensorrt"] = "mlm.plan"
+            else:
+                value["plan"] = 7 if damage == "type" else {**value["plan"], "profiles": ["9x9..1x1"]}
+            manifest.write_text(json.dumps(value))
+
+
+DAMAGES = ["missing", "cut", "changed", "type", "profile"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_plan_is_built_again_by_the_command_that_the_error_names(
     damage: str, small_parts: Callable[..., Path]
 ) -> None:
     path = small_parts()
     run(path, *RTX, *FEW, "--compute-capability", "8.9,12.0")
     before = EngineFolder.open(path).manifest
-    data = bytearray((path / "mlm.plan").read_bytes())
-    if damage == "missing":
-        (path / "mlm.plan").unlink()
-    else:
-        data[100] ^= 1
-        (path / "mlm.plan").write_bytes(data[:5000] if damage == "cut" else data)
-    with pytest.raises((MissingFileError, HashMismatchError), match=r"'mlm\.plan'") as caught:
+    spoil_plan(path, damage)
+    with pytest.raises((MissingFileError, HashMismatchError, ManifestError), match="plan") as caught:
         EngineFolder.open(path)
-    program, name, *arguments = shlex.split(str(caught.value).partition("build the plan again with: ")[2])
-    assert (program, name) == ("bertrt", "build")
+    if damage in {"type", "profile"}:
+        # What the plan was built for is known no more.
+        assert "build it again with 'bertrt build FOLDER'" in str(caught.value)
+        arguments = [str(path), *RTX, *FEW, "--compute-capability", "8.9,12.0"]
+    else:
+        advice = str(caught.value).partition("build the plan again with: ")[2]
+        program, name, *arguments = shlex.split(advice)
+        assert (program, name) == ("bertrt", "build")
     assert run(*arguments) == EXIT_OK
     after = EngineFolder.open(path).manifest
     assert after.files.keys() == before.files.keys()
@@ -140,6 +167,26 @@ def test_a_damaged_plan_is_built_again_by_the_command_that_the_error_names(
     assert after.plan is not None
     assert after.plan.profiles == before.plan.profiles
     assert after.plan.compute_capabilities == before.plan.compute_capabilities
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "roles"])
+def test_graphs_run_whatever_has_become_of_the_plan(
+    damage: str, gpu_engine: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = shutil.copytree(gpu_engine("fp32"), tmp_path / "engine")
+    with Engine.load(path, backend="onnxruntime", provider="cpu", threads=1) as engine:
+        expected = engine.fill_mask("The man worked as a [MASK].")
+    run(path, *RTX, *FEW)
+    spoil_plan(path, damage)
+    for how in (
+        {"backend": "onnxruntime", "provider": "cpu"},
+        {"backend": "onnxruntime"},
+        {"provider": "cpu"},
+    ):
+        with Engine.load(path, threads=1, **how) as engine:
+            assert engine.fill_mask("The man worked as a [MASK].") == expected
+    with pytest.raises((MissingFileError, HashMismatchError, ManifestError)):
+        EngineFolder.open(path)
 
 
 def test_a_damaged_graph_is_exported_again(small_parts: Callable[..., Path]) -> None:

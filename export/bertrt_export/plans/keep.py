@@ -7,7 +7,7 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -101,7 +101,7 @@ class Staging:
                 f"the engine {str(path)!r} was replaced while its plan was built; build it again"
             )
         names = {part: name for part, (name, _) in self._records.items()}
-        bare = _without_plan(there.manifest)
+        bare = there.manifest.without_plan()
         there.replace_manifest(bare)
         for name in names.values():
             (self._path / name).replace(path / name)
@@ -113,18 +113,6 @@ class Staging:
         )
         there.replace_manifest(built)
         return built
-
-
-def _without_plan(manifest: Manifest) -> Manifest:
-    old: Mapping[str, str] = manifest.backends.get(TENSORRT, {})
-    drift = manifest.drift
-    return replace(
-        manifest,
-        backends={**manifest.backends, TENSORRT: {}},
-        files={name: record for name, record in manifest.files.items() if name not in old.values()},
-        plan=None,
-        drift=None if drift is not None and drift.get("backend") == TENSORRT else drift,
-    )
 
 
 @contextlib.contextmanager
