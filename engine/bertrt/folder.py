@@ -345,7 +345,7 @@ def write_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         ExportError: ``out`` exists, or its parent cannot be written.
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link, which rename must replace
-    _check_target(out, overwrite=overwrite)
+    check_target(out, overwrite=overwrite)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(6)}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -359,7 +359,7 @@ def write_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         for path in (*temporary.rglob("*"), temporary):
             if path.is_file() or path.is_dir():
                 sync(path)
-        _check_target(out, overwrite=overwrite)
+        check_target(out, overwrite=overwrite)
         if out.is_dir():
             retired = temporary.with_suffix(".retired")
             put_in_place(temporary, out, retired)
@@ -377,7 +377,12 @@ def write_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
-def _check_target(out: Path, *, overwrite: bool) -> None:
+def check_target(out: Path, *, overwrite: bool) -> None:
+    """See to it that an engine folder may be written at ``out``.
+
+    Raises:
+        ExportError: see `write_folder`.
+    """
     if not out.exists() and not out.is_symlink():
         return
     if not overwrite:

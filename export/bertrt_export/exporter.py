@@ -9,10 +9,11 @@ from pathlib import Path
 
 import onnx
 
+from bertrt.architecture import BertArchitecture
 from bertrt.backends.parts import ENCODER, parts_of
 from bertrt.backends.registry import ONNXRUNTIME, TENSORRT
 from bertrt.errors import ExportError
-from bertrt.folder import MANIFEST_NAME, record_files, write_folder
+from bertrt.folder import MANIFEST_NAME, check_target, record_files, write_folder
 from bertrt.manifest import Dialect, Manifest, Precision, Target
 from bertrt_export.calibration import Calibration, calibrate, default_text
 from bertrt_export.checkpoints import Checkpoint
@@ -82,10 +83,16 @@ def export_engine(
             option does not suit the target, or the engine failed its own check.
         CheckpointError: a tensor is missing, has the wrong shape or is not finite.
     """
-    targets = choose_targets(precision, checkpoint.architecture, backends, target)
-    quantizes = target == "tensorrt" and precision in {"int8", "fp8"}
-    if target == "tensorrt" and dialect == "ort":
-        raise ExportError("target tensorrt has standard operators only; leave the dialect out, or take onnx")
+    targets = check_request(
+        checkpoint.architecture,
+        out,
+        precision=precision,
+        target=target,
+        dialect=dialect,
+        backends=backends,
+        overwrite=overwrite,
+    )
+    quantizes = needs_calibration(precision, target)
     if calibration is not None and not quantizes:
         raise ExportError("calibration is for int8 and fp8 of target tensorrt only; leave it out")
     if quantizes and calibration is None:
@@ -124,6 +131,45 @@ def export_engine(
         (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         check_engine(folder, manifest, graphs)
     return manifest
+
+
+def needs_calibration(precision: Precision, target: Target) -> bool:
+    """Whether an engine has scales for its activations that are found beforehand."""
+    return target == "tensorrt" and precision in {"int8", "fp8"}
+
+
+def check_request(
+    architecture: BertArchitecture,
+    out: Path,
+    *,
+    precision: Precision,
+    target: Target,
+    dialect: Dialect | None,
+    backends: Sequence[str] | None,
+    overwrite: bool,
+) -> tuple[str, ...]:
+    """Refuse what cannot be exported before anything is done for it, such as minutes of calibration.
+
+    Args:
+        architecture: the model's dimensions.
+        out: see `export_engine`, as all that follow.
+        precision: of the matrix products.
+        target: what the engine is for.
+        dialect: of the graphs.
+        backends: whose files the folder shall hold.
+        overwrite: replace an engine folder that is there.
+
+    Returns:
+        The backends to write files for, best first.
+
+    Raises:
+        ExportError: see `export_engine`.
+    """
+    targets = choose_targets(precision, architecture, backends, target)
+    if target == "tensorrt" and dialect == "ort":
+        raise ExportError("target tensorrt has standard operators only; leave the dialect out, or take onnx")
+    check_target(out, overwrite=overwrite)
+    return targets
 
 
 def _write_graphs(

@@ -125,6 +125,17 @@ def test_progress_counts_on_a_terminal_and_clears_up(monkeypatch: pytest.MonkeyP
     assert (cleared, cleared_too) == ("", "")
 
 
+def test_progress_towards_what_is_known_only_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(range(0, 1000, 2))
+    monkeypatch.setattr("bertrt.cli.console.time.monotonic", lambda: float(next(times)))
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with console.Progress("texts") as progress:
+        progress.advance(5, 20)
+        progress.advance(5)
+    drawn = terminal.getvalue().split("\r\x1b[K")[1:]
+    assert [line.partition(",")[0] for line in drawn] == ["texts: 5 of 20 (25%)", "texts: 10 of 20 (50%)", ""]
+
+
 def test_progress_is_not_drawn_through_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     monkeypatch.setattr(sys, "stdout", Terminal())

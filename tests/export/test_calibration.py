@@ -8,15 +8,19 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
 import pytest
 import torch
 
 from bertrt.errors import CalibrationError, InputError
 from bertrt_export.calibration import (
+    DEFAULT_TEXTS,
+    DEFAULT_TOKENS,
     METHODS,
     Calibration,
     Recipe,
@@ -152,10 +156,17 @@ def test_small_batches_give_the_same_scales(
     # A token of this model has 3 * (3 * 24 + 40) tapped values: batches of one or two sequences.
     monkeypatch.setattr(taps, "_VALUES_AT_ONCE", 336 * 20)
     done: list[int] = []
-    streamed = calibrated(checkpoint, recipe, progress=done.append)
+    totals: set[int] = set()
+
+    def count(sequences: int, total: int) -> None:
+        done.append(sequences)
+        totals.add(total)
+
+    streamed = calibrated(checkpoint, recipe, progress=count)
     assert len(done) > 10
-    # Every sequence is counted once, whether it was run once or twice.
+    # Every sequence is counted once, whether it was run once or twice; how many come is known from the first on.
     assert sum(done) == streamed.sequences == whole.sequences
+    assert totals == {whole.sequences}
     for product, scale in whole.scales.items():
         # Products of other shapes add up in another order; a value on the border of a bin may change its place, and
         # with it a threshold by one of the 128 that are tried. Otherwise it may become the next float16.
@@ -187,6 +198,13 @@ def test_the_engine_can_be_built_and_the_manifest_can_hold_it(checkpoint: Checkp
     assert facts["scales"] == {product: scale.scale for product, scale in found.scales.items()}
     assert (facts["method"], facts["precision"], facts["text"]) == ("max", "int8", "text")
     assert (facts["texts"], facts["sequences"], facts["seed"]) == (10, 40, 0)
+    assert (facts["max_texts"], facts["max_tokens"]) == (DEFAULT_TEXTS, DEFAULT_TOKENS)
+    few = calibrated(checkpoint, default_recipe("int8"), max_texts=9, max_tokens=8)
+    facts = few.to_json()
+    # With what it says it can be done again.
+    again = {name: facts[name] for name in ("max_texts", "max_tokens", "seed")}
+    assert (again, facts["sequences"]) == ({"max_texts": 9, "max_tokens": 8, "seed": 0}, 9)
+    assert calibrated(checkpoint, default_recipe("int8"), **again).to_json() == facts
     assert "percentile" not in facts
     percentile = calibrated(checkpoint, Recipe(method="percentile", percentile=99.5)).to_json()
     assert percentile["percentile"] == 99.5
@@ -218,6 +236,28 @@ def test_what_overflows_float32_is_named(small_bert: Any, save_checkpoint: Any) 
         gc.collect()
         # The graph and its weights are gone.
         assert set(Path(tempfile.gettempdir()).glob("bertrt-calibration-*")) <= before
+
+
+def test_a_run_that_fails(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("bad allocation")
+
+    with taps.open_taps(checkpoint, threads=1) as opened:
+        [batch] = opened.batches(make_inputs(checkpoint, TEXT, max_texts=10, max_tokens=16, seed=0).sequences)
+        opened._session = SimpleNamespace(run=fail)
+        message = "failed on 10 sequences of up to 16 tokens: bad allocation; calibrate with fewer tokens"
+        with pytest.raises(CalibrationError, match=message):
+            list(opened.run(batch))
+
+
+def test_a_graph_that_cannot_be_loaded(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no Attention(23)")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    message = r"onnxruntime [\d.]+ cannot load the float32 graph: no Attention\(23\); update onnxruntime"
+    with pytest.raises(CalibrationError, match=message), taps.open_taps(checkpoint, threads=1):
+        pass
 
 
 def test_no_room_for_the_graph(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

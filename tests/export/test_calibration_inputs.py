@@ -12,6 +12,7 @@ import pytest
 import transformers
 
 from bertrt.errors import BertRTError, CalibrationError, EmptyTextError, InputError, TextEncodingError
+from bertrt_export.calibration import inputs
 from bertrt_export.calibration.inputs import (
     DEFAULT_TEXTS,
     FEWEST_TEXTS,
@@ -243,3 +244,31 @@ def test_random_weights_take_random_tokens_and_others_a_text(
         np.array_equal(a.input_ids, b.input_ids)
         for a, b in zip(found.sequences, again.sequences, strict=True)
     )
+
+
+@pytest.mark.parametrize(("most", "sequences"), [(1, 1), (4, 4), (15, 15), (16, 16), (1000, 16)])
+def test_random_tokens_are_no_more_than_asked_for(most: int, sequences: int) -> None:
+    with open_checkpoint("bert-base-cased", random=True) as checkpoint:
+        found = inputs_of(checkpoint, None, max_texts=most)
+    assert len(found.sequences) == sequences
+
+
+def test_a_disk_that_fails_behind_the_last_text(
+    demo: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All texts are there; what is left of the file is read for its hash."""
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(LINES))
+    real = inputs._HashedStream.read1
+
+    def fail(self: Any, size: int = -1, /) -> bytes:
+        if size == inputs._READ_AT_ONCE:
+            raise OSError(5, "Input/output error")
+        return real(self, size)
+
+    monkeypatch.setattr(inputs, "_READ_AT_ONCE", 4321)
+    monkeypatch.setattr(inputs._HashedStream, "read1", fail)
+    with pytest.raises(
+        InputError, match=r"cannot read '.*texts\.txt': Input/output error; give a file of UTF-8"
+    ):
+        inputs_of(demo, path, max_texts=len(LINES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,20 @@ def test_json_is_one_value(
     fill_mask = answers[STEPS.index("fill-mask")]["answer"]
     assert len(fill_mask) == 3
     assert fill_mask[0][0].keys() == {"score", "token", "token_str", "sequence"}
+
+
+def test_only_what_a_processor_computes_is_offered(
+    asked: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--out", str(tmp_path / "engine"), "--precision", "fp8") == 2
+    assert re.search("'fp8' .choose from '?fp32'?, '?fp16'?, '?bf16'?, '?int8'?", capsys.readouterr().err)
+    assert asked == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+def test_all_that_is_offered_works(precision: str, asked: list[list[str]], tmp_path: Path) -> None:
+    assert run("--out", str(tmp_path / "engine"), "--precision", precision, "--json") == 0
+    assert [line[0] for line in asked] == STEPS
 
 
 def test_a_failing_step_ends_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,7 @@ def test_parts_of_another_engine_are_refused(
         name: {"size": record.size, "sha256": record.sha256} for name, record in record_files(folder).items()
     }
     (folder / MANIFEST_NAME).write_text(json.dumps(value))
-    with pytest.raises(ShapeMismatchError, match="the graph was built for hidden_size 256"):
+    with pytest.raises(ShapeMismatchError, match="'encoder.onnx' was built for hidden_size 256"):
         Engine.load(folder, threads=1)
 
 
@@ -212,10 +213,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "--calibrate",
         str(texts),
     ]
-    assert main([*command, "--method", "max", "--json"]) == 0
+    assert main([*command, "--method", "max", "--calibrate-tokens", "9", "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
     assert (value["target"], value["backends"]) == ("tensorrt", ["tensorrt", "onnxruntime"])
     assert value["calibration"]["method"] == "max"
+    assert value["calibration"]["max_tokens"] == 9
+    # One text is longer than 9 tokens: it is cut into windows, each of which counts.
+    assert value["calibration"]["texts"] > 16
     assert main(["info", str(out)]) == 0
     shown = capsys.readouterr().out
     assert f"not built; run: bertrt build {out}" in shown
@@ -229,6 +233,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     [
         ["--calibrate", "x.txt"],
         ["--method", "max"],
+        ["--calibrate-tokens", "512"],
         ["--method", "max", "--target", "tensorrt", "--precision", "fp16"],
     ],
 )
@@ -237,3 +242,47 @@ def test_options_of_calibration_where_there_is_none(
 ) -> None:
     assert main(["export", "demo", str(tmp_path / "engine"), *options]) == 2
     assert "is for --precision int8 or fp8 with --target tensorrt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dialect", "ort"], "leave the dialect out, or take onnx"),
+        (["--backend", "native"], "leave the backends out"),
+        ([], "exists; choose another place or pass --overwrite"),
+        (["--overwrite"], "exists and is not an engine folder; it is not overwritten"),
+    ],
+)
+def test_arguments_are_refused_before_anything_is_calibrated(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def calibrates(*_: Any, **__: Any) -> Any:
+        raise AssertionError("calibration takes minutes")
+
+    monkeypatch.setattr("bertrt_export.commands.export.calibrate", calibrates)
+    monkeypatch.setattr("bertrt_export.exporter.calibrate", calibrates)
+    out = tmp_path / "engine"
+    if not options or options == ["--overwrite"]:
+        out.mkdir()
+        (out / "a file").touch()
+    arguments = ["--target", "tensorrt", "--precision", "int8", *options]
+    assert main(["export", "demo", str(out), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    asked: dict[str, Any] = {}
+    if "--dialect" in options:
+        asked["dialect"] = "ort"
+    if "--backend" in options:
+        asked["backends"] = ["native"]
+    with open_checkpoint("demo") as checkpoint, pytest.raises(ExportError, match=re.escape(message)):
+        export_engine(
+            checkpoint,
+            out,
+            precision="int8",
+            target="tensorrt",
+            overwrite="--overwrite" in options,
+            **asked,
+        )

@@ -135,9 +135,10 @@ class Progress:
         self._start = time.monotonic()
         self._shown = _is_terminal(sys.stderr) and not (beside_output and _is_terminal(sys.stdout))
 
-    def advance(self, count: int = 1) -> None:
-        """Count, and redraw the line if it is time."""
+    def advance(self, count: int = 1, total: int | None = None) -> None:
+        """Count, and redraw the line if it is time; ``total``: how many there will be, known by now."""
         self._done += count
+        self._total = total or self._total
         now = time.monotonic()
         if self._shown and now - self._drawn >= _REDRAW_EVERY:
             self._drawn = now

@@ -28,7 +28,8 @@ from bertrt_export.checkpoints import Checkpoint
 from bertrt_export.graph.typed import ActivationScale, FusedQueries
 from bertrt_export.quantize import WeightType
 
-Progress = Callable[[int], object]
+# Sequences done since it was last called, and how many there are.
+Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +84,8 @@ class Calibration:
         texts: that were read, or windows of them; none for random tokens.
         sequences: that were run.
         tokens: of them all, special tokens included.
+        max_texts: see `make_inputs`, as all that follow: with them and the text it can be done again.
+        max_tokens: of a sequence.
         seed: of the masks and the random tokens.
     """
 
@@ -94,6 +97,8 @@ class Calibration:
     texts: int
     sequences: int
     tokens: int
+    max_texts: int
+    max_tokens: int
     seed: int
 
     def to_json(self) -> dict[str, Any]:
@@ -110,6 +115,8 @@ class Calibration:
             "texts": self.texts,
             "sequences": self.sequences,
             "tokens": self.tokens,
+            "max_texts": self.max_texts,
+            "max_tokens": self.max_tokens,
             "seed": self.seed,
             "scales": {product: scale.scale for product, scale in self.scales.items()},
         }
@@ -145,7 +152,8 @@ def calibrate(
         max_tokens: of each, special tokens included; longer ones are cut into several.
         seed: of the masks and the random tokens.
         threads: by default the CPUs that the process may use.
-        progress: called with the number of sequences done since it was last called.
+        progress: called with the number of sequences done since it was last called, and the number of them all; one
+            that is run twice is done after the second time.
 
     Raises:
         CalibrationError: a precision without scales, too little text, or activations that are not finite.
@@ -166,7 +174,7 @@ def calibrate(
         )
     inputs = make_inputs(checkpoint, text, max_texts=max_texts, max_tokens=max_tokens, seed=seed)
     passes = 1 if recipe.method == "max" else 2
-    count = _Counter(progress, passes)
+    count = _Counter(progress, passes, len(inputs.sequences))
     with open_taps(checkpoint, threads=threads or usable_cpus()) as taps:
         ranges = _ranges(taps, inputs, count)
         channels = _balance(checkpoint, ranges, kind, recipe)
@@ -184,6 +192,8 @@ def calibrate(
         texts=inputs.texts,
         sequences=len(inputs.sequences),
         tokens=inputs.tokens,
+        max_texts=max_texts,
+        max_tokens=max_tokens,
         seed=seed,
     )
 
@@ -199,15 +209,16 @@ def _kind(precision: Precision) -> WeightType:
 class _Counter:
     """Tells how many sequences are done, where each is run once or twice."""
 
-    def __init__(self, progress: Progress | None, passes: int) -> None:
+    def __init__(self, progress: Progress | None, passes: int, total: int) -> None:
         self._progress = progress
+        self._total = total
         self._passes = passes
         self._runs = 0
 
     def add(self, runs: int) -> None:
         before, self._runs = self._runs, self._runs + runs
         if self._progress:
-            self._progress(self._runs // self._passes - before // self._passes)
+            self._progress(self._runs // self._passes - before // self._passes, self._total)
 
 
 def _ranges(taps: Taps, inputs: CalibrationInputs, count: _Counter) -> dict[str, ChannelRanges]:

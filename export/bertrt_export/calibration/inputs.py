@@ -83,7 +83,7 @@ def make_inputs(
             one is cut into windows, each of which counts as a text. ``None`` for random weights: random tokens.
         max_texts: the first so many are used, from 1 to `MOST_TEXTS`. Fewer are run in several ways, as long as that
             makes no more sequences than this.
-        max_tokens: of a sequence, special tokens included; cut to the model's positions.
+        max_tokens: of a sequence, special tokens included; cut to the model's positions. Those beyond are not seen.
         seed: of the masks and the random tokens, 0 or more.
 
     Raises:
@@ -117,7 +117,7 @@ def make_inputs(
             name="random tokens",
             sha256=None,
             texts=0,
-            sequences=arrange(list(contents.astype(np.int32)), RANDOM_TEXTS),
+            sequences=arrange(list(contents.astype(np.int32)), min(max_texts, RANDOM_TEXTS)),
         )
     source = _HashedStream(text)
     found: list[Int32] = []

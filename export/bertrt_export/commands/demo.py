@@ -15,6 +15,7 @@ from bertrt.cli import main
 from bertrt.cli.command import EXIT_OK, Command
 from bertrt.cli.console import emit, note
 from bertrt.manifest import Precision
+from bertrt_export.targets import TARGETS
 
 _TEXTS = (
     "He sat down in the [MASK] and looked out of the window.",
@@ -33,7 +34,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the engine folder to make (default demo-engine)",
     )
     parser.add_argument(
-        "--precision", choices=get_args(Precision), default="int8", help="of the engine (default int8)"
+        "--precision",
+        # The engine is made for CPUs.
+        choices=[precision for precision in get_args(Precision) if TARGETS[precision]],
+        default="int8",
+        help="of the engine (default int8)",
     )
 
 

@@ -9,13 +9,12 @@ from typing import get_args
 
 from bertrt.cli.command import EXIT_OK, Command
 from bertrt.cli.console import Progress, emit, note
-from bertrt.errors import ExportError, InputError
+from bertrt.errors import InputError
 from bertrt.folder import EngineFolder
 from bertrt.manifest import Dialect, Precision, Target
-from bertrt_export.calibration import DEFAULT_TEXTS, METHODS, Calibration, calibrate, default_text
+from bertrt_export.calibration import DEFAULT_TOKENS, METHODS, Calibration, calibrate, default_text
 from bertrt_export.checkpoints import Checkpoint, open_checkpoint
-from bertrt_export.exporter import export_engine
-from bertrt_export.quantize import WeightType
+from bertrt_export.exporter import check_request, export_engine, needs_calibration
 from bertrt_export.targets import NAMES, TARGETS, target_problem
 
 
@@ -47,6 +46,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="UTF-8 from your field, a text a line, from which the scales of the activations are found: for int8 and "
         "fp8 with --target tensorrt (default: a public-domain novel)",
+    )
+    parser.add_argument(
+        "--calibrate-tokens",
+        type=int,
+        metavar="N",
+        help=f"the most tokens of a text that calibration runs at once (default {DEFAULT_TOKENS}): positions "
+        "beyond are not seen, so give as many as your texts have",
     )
     parser.add_argument(
         "--method",
@@ -81,17 +87,16 @@ def _run(args: argparse.Namespace) -> int:
     with open_checkpoint(
         args.source, revision=args.revision, random=args.random, seed=args.seed
     ) as checkpoint:
-        calibration = _calibrate(args, checkpoint)
-        manifest = export_engine(
-            checkpoint,
-            args.out,
-            precision=args.precision,
-            target=args.target,
-            dialect=args.dialect,
-            calibration=calibration,
-            backends=None if args.backend is None else [name.strip() for name in args.backend.split(",")],
-            overwrite=args.overwrite,
-        )
+        options = {
+            "precision": args.precision,
+            "target": args.target,
+            "dialect": args.dialect,
+            "backends": None if args.backend is None else [name.strip() for name in args.backend.split(",")],
+            "overwrite": args.overwrite,
+        }
+        # Said before minutes of calibration, and again by who writes.
+        check_request(checkpoint.architecture, args.out, **options)
+        manifest = export_engine(checkpoint, args.out, calibration=_calibrate(args, checkpoint), **options)
     size = EngineFolder(args.out, manifest).size()
     seconds = time.perf_counter() - start
     # What was left out without being asked.
@@ -129,24 +134,25 @@ def _run(args: argparse.Namespace) -> int:
 
 def _calibrate(args: argparse.Namespace, checkpoint: Checkpoint) -> Calibration | None:
     """The scales of the activations, where the engine will have any."""
-    needed = args.target == "tensorrt" and args.precision in get_args(WeightType)
-    if not needed:
-        for option in ("calibrate", "method"):
+    if not needs_calibration(args.precision, args.target):
+        for option in ("calibrate", "calibrate_tokens", "method"):
             if getattr(args, option) is not None:
                 raise InputError(
-                    f"--{option} is for --precision int8 or fp8 with --target tensorrt; elsewhere int8 takes its "
-                    "scales as the activations come: leave it out"
+                    f"--{option.replace('_', '-')} is for --precision int8 or fp8 with --target tensorrt; "
+                    "elsewhere int8 takes its scales as the activations come: leave it out"
                 )
         return None
-    if args.out.exists() and not args.overwrite:
-        # Said before minutes of calibration, and again by who writes.
-        raise ExportError(f"{str(args.out)!r} exists; choose another place or pass --overwrite")
     text = args.calibrate or default_text(checkpoint)
     if args.calibrate is None and text is not None:
         note("calibrated with the built-in novel; pass --calibrate FILE with text of your field")
-    with Progress("texts", total=DEFAULT_TEXTS) as progress:
+    with Progress("sequences calibrated") as progress:
         return calibrate(
-            checkpoint, text, precision=args.precision, method=args.method, progress=progress.advance
+            checkpoint,
+            text,
+            precision=args.precision,
+            method=args.method,
+            max_tokens=DEFAULT_TOKENS if args.calibrate_tokens is None else args.calibrate_tokens,
+            progress=progress.advance,
         )
 
 

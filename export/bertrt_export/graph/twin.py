@@ -47,7 +47,8 @@ def float32_twin(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in model.graph.node:
         if any(attribute.type == onnx.AttributeProto.GRAPH for attribute in node.attribute):
             raise ExportError(
-                f"[twin] {node.op_type} {node.name!r} holds a graph; expected plain operators only"
+                f"[twin] {node.op_type} {node.name!r} holds a graph; expected plain operators only: export the engine "
+                "again with this version"
             )
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
@@ -87,7 +88,8 @@ def _type(types: dict[str, int], name: str) -> int:
         return TensorProto.UNDEFINED
     if not types.get(name):
         raise ExportError(
-            f"[twin] the type of {name!r} cannot be inferred; expected a graph of standard operators"
+            f"[twin] the type of {name!r} cannot be inferred; expected a graph of standard operators: export the "
+            "engine again with this version"
         )
     return types[name]
 
@@ -118,7 +120,10 @@ def open_session(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # ONNX Runtime's exceptions have no common base but this
-        raise ExportError(f"onnxruntime cannot load a graph of {folder.name}: {first_line(error)}") from error
+        raise ExportError(
+            f"onnxruntime {onnxruntime.__version__} cannot load the graph {model.graph.name!r} of {str(folder)!r}: "
+            f"{first_line(error)}; export the engine again, or update onnxruntime"
+        ) from error
 
 
 class TwinBackend(PaddedBackend):
