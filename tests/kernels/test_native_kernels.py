@@ -107,6 +107,8 @@ CASES = {
     "twelve-heads": heads_of(16, 12),
     "tiny": heads_of(8, 1, intermediate_size=8, num_hidden_layers=1),
     "wide-feed-forward": heads_of(32, 2, intermediate_size=1100),
+    # All its rows together are more than the kernels keep in the L2 cache: they are taken in turns.
+    "feed-forward-beyond-cache": heads_of(32, 2, intermediate_size=3000),
     "narrow-feed-forward": heads_of(32, 2, intermediate_size=33),
     "large-vocabulary": heads_of(32, 2, vocab_size=1025),
     "one-segment": heads_of(32, 2, type_vocab_size=1),
