@@ -10,8 +10,8 @@ not by us: 2.5. Products in bfloat16 are half as fast, and as much lies between 
 **Beside PyTorch float32, with AMX**: 15, of the 32 times by which TDPBSSD exceeds two float32 FMAs (64 operations a
 cycle).
 
-**Of the peak, with AMX**: 30 %. With AVX-512 VNNI products at the peak's rate would take 77 % of the time. Eight times as fast, with the rest
-as it was, they are 0.77 / 8 of 0.77 / 8 + 0.23.
+**Of the peak, with AMX**: 30 %. With AVX-512 VNNI products at the peak's rate would take 77 % of the
+time. Eight times as fast, with the rest as it was, they are 0.77 / 8 of 0.77 / 8 + 0.23.
 
 **Fill-mask from a text**: its features, a tokeniser, and a head that reads 22 MB of decoder for one row, where the
 encoder reads 85: below 1.15 times the features.
