@@ -85,6 +85,25 @@ def test_kernels_use_their_own_instruction_set_and_none_beyond(objects: Path, is
     assert NEEDED[isa] <= set(examples) <= ALLOWED[isa], examples
 
 
+@pytest.mark.parametrize("isa", ["avx2", "avx2_vnni", "avx512_vnni", "avx512_bf16"])
+def test_the_loops_that_measure_the_peak_multiply_as_often_as_they_say(objects: Path, isa: str) -> None:
+    # A compiler that knows that all sums are equal computes one, and the peak comes out several times too high.
+    path = objects / f"kernels_{isa}.dir/src/kernels/kernels.cpp.o"
+    products: dict[str, int] = {}
+    name = ""
+    done = subprocess.run(["objdump", "-d", str(path)], capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
+        if line.endswith(">:"):
+            name = line
+        elif "peak_of" in name:
+            products[name] = products.get(name, 0) + bool(
+                re.search(r"\bv(pdpbusd|dpbf16ps|fmadd|pmadd)", line)
+            )
+    sums = 12 if isa.startswith("avx512") else 8
+    assert len(products) == 2
+    assert min(products.values()) >= sums, products
+
+
 @pytest.mark.parametrize("isa", ALLOWED)
 def test_kernels_share_no_functions(objects: Path, isa: str) -> None:
     # The linker keeps one copy of a weak symbol, and it may be the one with instructions that the processor lacks.

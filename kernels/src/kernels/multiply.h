@@ -257,12 +257,13 @@ class TileMultiply {
     const char* tiles = b + static_cast<size_t>(first) * 2048;
     Meanwhile<Epilogue> meanwhile(pending, pending.rows * part / parts, pending.rows * (part + 1) / parts, steps,
                                   ahead_, lines_);
+    const char* rows = a_.at(row0) + skip;
     if (rows_of(block) > 16) {
-      tile_product<Product, true, false>(a_.at(row0) + skip, a_.at(row0 + 16) + skip, a_.row, a_.piece, tiles, steps,
-                                         init, part != 0, c, kBlockStride, meanwhile);
+      tile_product<Product, true, kRowsReused>(rows, a_.at(row0 + 16) + skip, a_.row, a_.piece, tiles, steps, init,
+                                               part != 0, c, kBlockStride, meanwhile);
     } else {
-      tile_product<Product, false, false>(a_.at(row0) + skip, nullptr, a_.row, a_.piece, tiles, steps, init,
-                                          part != 0, c, kBlockStride, meanwhile);
+      tile_product<Product, false, kRowsReused>(rows, nullptr, a_.row, a_.piece, tiles, steps, init, part != 0, c,
+                                                kBlockStride, meanwhile);
     }
     ahead_ += static_cast<size_t>(steps) * lines_ * 64;
   }
@@ -308,6 +309,8 @@ class TileMultiply {
   }
 
   static constexpr int kGroup = kGroupBlocks / 2;
+  // The panel of weights shall have the L1 cache to itself.
+  static constexpr bool kRowsReused = false;
 
   const Rows a_;
   const int64_t rows_;

@@ -16,19 +16,22 @@ __attribute__((noinline)) int64_t peak_of(int64_t rounds, int per_word) {
 #pragma GCC unroll 12
   for (int i = 0; i < kPeakSums; ++i) sums[i] = Dot::start(nullptr);
   const auto w = Dot::weights(b);
-  for (int64_t round = 0; round < rounds; ++round) {
-    // Loaded each time, and another for each sum where a dot takes several instructions, or the compiler would multiply
-    // once and only add.
-    __asm__ volatile("" : : "r"(a) : "memory");
-    const auto same = Dot::broadcast(a);
+  // Each sum has operands of its own, of which the compiler does not know that they are equal: it would compute equal sums
+  // once.
+  __asm__ volatile("" : : "r"(a) : "memory");
+  decltype(Dot::broadcast(a)) operands[kPeakSums];
 #pragma GCC unroll 12
-    for (int i = 0; i < kPeakSums; ++i) {
-      if constexpr (kWidth == 16) {
-        sums[i] = Dot::add(sums[i], same, w);
-      } else {
-        sums[i] = Dot::add(sums[i], Dot::broadcast(a + 4 * i), w);
-      }
+  for (int i = 0; i < kPeakSums; ++i) operands[i] = Dot::broadcast(a + 4 * i);
+  for (int64_t round = 0; round < rounds; ++round) {
+    // Where there are registers for all. Elsewhere they are loaded each time: where a dot takes several instructions, the
+    // compiler would multiply once and only add.
+    if constexpr (kWidth != 16) {
+      __asm__ volatile("" : : "r"(a) : "memory");
+#pragma GCC unroll 12
+      for (int i = 0; i < kPeakSums; ++i) operands[i] = Dot::broadcast(a + 4 * i);
     }
+#pragma GCC unroll 12
+    for (int i = 0; i < kPeakSums; ++i) sums[i] = Dot::add(sums[i], operands[i], w);
   }
 #pragma GCC unroll 12
   for (int i = 0; i < kPeakSums; ++i) {

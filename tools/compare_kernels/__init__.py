@@ -1,0 +1,1 @@
+"""Compare builds of the native kernels: revisions, the working tree, other values of their constants."""
