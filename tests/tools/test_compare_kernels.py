@@ -36,6 +36,7 @@ def small_engine(
     save_checkpoint: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
+    pytest.importorskip("bertrt._native", reason="the native kernels are not built")
     out = tmp_path_factory.mktemp("engines") / "small"
     with open_checkpoint(str(save_checkpoint(small_bert()))) as checkpoint:
         export_engine(checkpoint, out, precision="int8", backends=("native",))
@@ -177,6 +178,7 @@ def test_a_library_computes_what_the_engine_does(small_engine: Path) -> None:
 
 
 def test_an_engine_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    pytest.importorskip("bertrt._native", reason="the native kernels are not built")
     with pytest.raises(InputError, match="nothing"):
         Library(Path(bertrt.get_library_dir()) / "libbertrt.so", str(tmp_path / "nothing"), 1)
 
