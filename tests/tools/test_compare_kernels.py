@@ -141,7 +141,7 @@ def test_builds_are_timed_in_turn_and_their_answers_compared() -> None:
             return run, states
 
     first, second, third = compare(
-        [Fake("a", 1.0), Fake("b", 1.0), Fake("c", 0.75)],  # type: ignore[list-item]
+        [Fake("a", 1.0), Fake("b", 1.0), Fake("c", 0.75)],
         2,
         3,
         seconds=0.0,

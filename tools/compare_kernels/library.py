@@ -91,7 +91,7 @@ def build(sources: Path, folder: Path) -> Path:
         "-DBERTRT_PYTHON=OFF",
     ]
     for command in (configure, ["cmake", "--build", str(folder), "--target", "bertrt"]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - the paths are ours
         if done.returncode != 0:
             raise BertRTError(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
     return folder / _LIBRARY
@@ -147,9 +147,9 @@ class Library:
             sequences=len(ids),
         )
         request = _Request(struct_size=ctypes.sizeof(_Request), hidden_states=states.ctypes.data)
-        # The default values keep the arrays alive.
         arguments = (self._engine, ctypes.byref(batch), ctypes.byref(request))
 
+        # The default value keeps the arrays alive.
         def run(_kept: tuple[Any, ...] = (ids, segments, offsets, states)) -> None:
             self._check(self._library.bertrt_run, *arguments)
 
